@@ -1,0 +1,303 @@
+"""For authors: run the course, record its outputs, build the learner's face.
+
+Use: python -m qlora_helpers.course outputs|learner|run|links|fetch [NOTEBOOK ...]
+"""
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+import tomllib
+
+import jinja2
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbconvert import HTMLExporter
+
+from qlora_helpers import env
+
+NOTEBOOKS = env.ROOT / "notebooks"
+LEARNER = env.ROOT / "my_course"
+BUILD = env.ROOT / "build"
+
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+# For every kernel that the course starts itself; an author's runs are no learner's.
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "QLORA_JOURNAL": "",
+}
+# nbconvert's page drops a picture's alt text, and loads scripts that none here needs.
+PAGE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block data_png %}<img src="data:image/png;base64,{{ output.data['image/png'] }}"
+alt="{{ output | get_metadata('alt', 'image/png') | escape_html }}">{% endblock %}"""
+
+
+def find(names=(), folder=NOTEBOOKS) -> list[pathlib.Path]:
+    """The notebooks of the course in order, or those named: "06" or "06_train_llama".
+
+    Raises ValueError for a name that no notebook has.
+    """
+    known = sorted(pathlib.Path(folder).glob("[0-9][0-9]_*.ipynb"))
+    found = []
+    for name in names:
+        stem = pathlib.Path(name).stem
+        hits = [path for path in known if stem in (path.stem, path.stem[:2])]
+        if not hits:
+            stems = ", ".join(path.stem for path in known)
+            raise ValueError(f"no notebook {name!r}; there are: {stems}")
+        found += hits
+    return sorted(set(found)) if names else known
+
+
+def source_hash(source) -> str:
+    """The SHA-256 of a cell's source, stored beside the output that came from it."""
+    return hashlib.sha256(source.encode("utf-8")).hexdigest()
+
+
+def execute(path, notebook=None):
+    """Run a notebook in a clean kernel, in its folder; the notebook with its outputs.
+
+    `notebook` is run in place of the file's content, where given.
+
+    Raises nbclient's CellExecutionError or DeadKernelError; its `notebook` attribute
+    is what was reached.
+    """
+    notebook = nbformat.read(path, as_version=4) if notebook is None else notebook
+    place = {"metadata": {"path": str(pathlib.Path(path).parent)}}
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=None, resources=place
+    )
+    client.record_timing = False
+    client.extra_arguments = ["--IPKernelApp.log_level=ERROR"]  # no word on encryption
+    try:
+        return client.execute(env={**os.environ, **QUIET})
+    except (CellExecutionError, DeadKernelError) as error:
+        error.notebook = notebook
+        raise
+
+
+def clean(notebook):
+    """Strip in place what is no part of the lesson: timing, widgets, stderr, kernel."""
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type != "code":
+            continue
+        kept = []
+        for output in cell.outputs:
+            if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
+                continue  # log lines and progress bars
+            again = kept and output.get("name") == kept[-1].get("name") is not None
+            if again:
+                kept[
+                    -1
+                ].text += output.text  # one stream in however many pieces it came
+            else:
+                kept.append(output)
+        cell.outputs = kept
+    language = {"name": "python"}
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": KERNEL, "language_info": language}
+    )
+    return notebook
+
+
+def outputs(names=(), folder=NOTEBOOKS) -> None:
+    """Run notebooks and store their outputs, each with the hash of its cell's source.
+
+    A notebook that fails is left as it was. Raises as `execute` does.
+    """
+    for path in find(names, folder):
+        with _progress(path.stem):
+            notebook = clean(execute(path))
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    cell.metadata["source_sha256"] = source_hash(cell.source)
+            _write(path, nbformat.writes(notebook))
+
+
+def run(names=(), folder=NOTEBOOKS, build=BUILD) -> None:
+    """Run the course in order: executed copies and HTML pages under `build`.
+
+    Stops at the first notebook that fails; its copy shows how far it came.
+    Raises as `execute` does.
+    """
+    build = pathlib.Path(build)
+    build.mkdir(parents=True, exist_ok=True)
+    for path in find(names, folder):
+        with _progress(path.stem):
+            try:
+                notebook = clean(execute(path))
+            except (CellExecutionError, DeadKernelError) as error:
+                _write(build / path.name, nbformat.writes(clean(error.notebook)))
+                raise
+            _write(build / path.name, nbformat.writes(notebook))
+            _write(build / f"{path.stem}.html", page(notebook, path.stem))
+
+
+def page(notebook, title) -> str:
+    """A notebook as one HTML page; links to notebooks become links to their pages."""
+    exporter = HTMLExporter(
+        template_file="page.html.j2",
+        extra_loaders=[jinja2.DictLoader({"page.html.j2": PAGE})],
+    )
+    html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    return re.sub(r'(href="\d\d_\w+)\.ipynb', r"\1.html", html)
+
+
+def face(notebook):
+    """The learner's face: no outputs, blank predictions, reveals folded away."""
+    notebook = clean(notebook)
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            if "prediction" in tags:
+                cell.source = blank(cell.source)
+        elif "reveal" in tags:
+            cell.source = (
+                "<details><summary>After you ran it</summary>\n\n"
+                f"{cell.source.strip()}\n\n</details>"
+            )
+    return notebook
+
+
+def blank(source) -> str:
+    """A prediction cell with `...` in place of each guess, and without its remark."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.Assign):
+            names = " = ".join(ast.unparse(target) for target in node.targets)
+            lines[node.lineno - 1 : node.end_lineno] = [f"{names} = ..."]
+    return "\n".join(lines)
+
+
+def learner(folder=NOTEBOOKS, target=LEARNER) -> None:
+    """Build the learner's face of every notebook; a copy that was changed is kept."""
+    target = pathlib.Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in find(folder=folder):
+        new = face(nbformat.read(path, as_version=4))
+        print_of_new = _fingerprint(new)
+        copy = target / path.name
+        if copy.exists():
+            print_of_built, print_of_copy = _prints(copy)
+            if print_of_copy != print_of_built:
+                newer = print_of_new != print_of_built
+                print(f"{copy.name}: kept as you changed it", end="")
+                print("; rename it to get the new version" * newer)
+                continue
+        new.metadata["built_sha256"] = print_of_new
+        _write(copy, nbformat.writes(new))
+        print(f"{copy.name}: ready in {target.name}")
+
+
+def links(folder=NOTEBOOKS, address=None) -> None:
+    """Stamp the repository's public address, or its absence, into every notebook.
+
+    The one place is `[project.urls] Repository` in pyproject.toml. Stamped are a Colab
+    link in the first cell (none without an address) and REPOSITORY in the set-up cell.
+    """
+    if address is None:
+        text = (env.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        address = tomllib.loads(text)["project"].get("urls", {}).get("Repository", "")
+    for path in find(folder=folder):
+        notebook = nbformat.read(path, as_version=4)
+        first = notebook.cells[0]
+        first.source = re.sub(r"\n*\[Open in Colab\]\(.*\)$", "", first.source)
+        if address:
+            where = address.rstrip("/").removeprefix("https://")
+            link = f"https://colab.research.google.com/{where.replace('.com', '', 1)}"
+            first.source += (
+                f"\n\n[Open in Colab]({link}/blob/main/notebooks/{path.name})"
+            )
+        for cell in notebook.cells:
+            if "setup" in cell.metadata.get("tags", []) and cell.cell_type == "code":
+                cell.source = re.sub(
+                    r'(?m)^(\s*REPOSITORY = )"[^"]*"', rf'\1"{address}"', cell.source
+                )
+                # read on Colab alone: the stored output stays that of this source
+                if "source_sha256" in cell.metadata:
+                    cell.metadata["source_sha256"] = source_hash(cell.source)
+        _write(path, nbformat.writes(notebook))
+
+
+def fetch() -> None:
+    """Fetch and convert the embedded Llama, unless it is in the cache already."""
+    from qlora_helpers import embedded  # slow to import, needed here alone
+
+    print("embedded Llama:", embedded.embedded_dir())
+
+
+def _fingerprint(notebook) -> str:
+    """A hash of all that a learner may change: opening a notebook is no change."""
+    cells = [
+        [cell.cell_type, cell.source, cell.get("outputs"), cell.metadata.get("tags")]
+        for cell in notebook.cells
+    ]
+    return source_hash(json.dumps(cells, sort_keys=True))
+
+
+def _prints(copy) -> tuple[str | None, str | None]:
+    """What was built and what is there now; they differ if the copy was changed."""
+    try:
+        notebook = nbformat.read(copy, as_version=4)
+    except Exception:  # nbformat raises whatever it stumbles over
+        return None, "unreadable"
+    return notebook.metadata.get("built_sha256"), _fingerprint(notebook)
+
+
+def _write(path, text) -> None:
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
+    beside.replace(path)
+
+
+@contextlib.contextmanager
+def _progress(name):
+    """One line: the notebook's name, then its seconds or that it failed."""
+    print(f"{name} ...", end=" ", flush=True)
+    start = time.monotonic()
+    how = "failed after "
+    try:
+        yield
+        how = ""
+    finally:
+        print(f"{how}{time.monotonic() - start:.0f} s", flush=True)
+
+
+def main(arguments=None) -> int:
+    """The command line; 1 if a notebook failed, 2 for a wrong name."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_helpers.course")
+    parser.add_argument(
+        "command", choices=["outputs", "learner", "run", "links", "fetch"]
+    )
+    parser.add_argument("notebooks", nargs="*", help="such as 06; default: all")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command in ("outputs", "run"):
+            {"outputs": outputs, "run": run}[given.command](given.notebooks)
+        else:
+            {"learner": learner, "links": links, "fetch": fetch}[given.command]()
+    except (CellExecutionError, DeadKernelError) as error:
+        print(re.sub(r"\x1b\[[0-9;]*m", "", str(error)), file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

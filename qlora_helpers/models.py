@@ -1,0 +1,321 @@
+"""Base models: the embedded Llama, the Hub, and Llama shapes with random weights."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from huggingface_hub import (
+    constants,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.quantizers import AutoHfQuantizer
+
+from . import env
+from .embedded import MANIFEST, embedded_dir, sha256
+
+EMBEDDED = "embedded"
+UNGATED = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+
+
+class KnownModel(NamedTuple):
+    """A base model that the course uses."""
+
+    name: str  # what load_base takes
+    parameters: int  # tied embeddings counted once
+    licence: str  # "Llama 3.2": Meta's Llama 3.2 Community License
+    gated: bool  # True: the Hub asks to accept the licence first
+    least_gib: float  # GPU memory for QLoRA
+
+
+# least_gib is an ESTIMATE, until measured: NF4 weights with double quantization, 16-bit
+# embeddings, LoRA r=16 on seven projections (10 bytes a parameter: fp32, gradient and
+# 8-bit Adam), one row of 512 tokens (10 bytes a logit), checkpointing, 1 GiB for CUDA.
+KNOWN_MODELS = [
+    KnownModel(EMBEDDED, 134_515_008, "Apache-2.0", False, 1.5),
+    KnownModel(UNGATED, 1_711_376_384, "Apache-2.0", False, 2.5),
+    KnownModel("meta-llama/Llama-3.2-1B", 1_235_814_400, "Llama 3.2", True, 3.0),
+    KnownModel("meta-llama/Llama-3.2-3B", 3_212_749_824, "Llama 3.2", True, 4.5),
+    KnownModel("meta-llama/Llama-3.1-8B", 8_030_261_248, "Llama 3.1", True, 8.0),
+]
+
+
+def load_base(name=EMBEDDED, quantization=None, dtype=None):
+    """A base model, in eval mode on the profile's device, and its tokenizer.
+
+    name: "embedded", a local directory, or a Hub id. quantization: a BitsAndBytesConfig
+    or None. dtype: of what is not quantized; left out, the compute dtype of the 4-bit
+    config, else the profile's. Returns (model, tokenizer with a pad token).
+
+    Raises PermissionError (gated), FileNotFoundError (no such model) or ConnectionError
+    (no network), each with the way out.
+    """
+    machine = env.profile()
+    if dtype is None:
+        four_bit = quantization is not None and quantization.load_in_4bit
+        dtype = (
+            quantization.bnb_4bit_compute_dtype if four_bit else machine.compute_dtype
+        )
+    source = embedded_dir() if name == EMBEDDED else name
+    with hub_errors_explained(name):
+        offline = only_cached(source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, local_files_only=offline
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": str(machine.device)},  # else bitsandbytes prefers a GPU
+            attn_implementation="sdpa",
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
+            local_files_only=offline,
+        )
+    if tokenizer.pad_token is None:
+        # Llama 3.x keeps a token for this; elsewhere the end token, which the attention
+        # mask hides where it pads.
+        kept = "<|finetune_right_pad_id|>"
+        has_one = kept in tokenizer.get_vocab()
+        tokenizer.pad_token = kept if has_one else tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    never_repack(model)
+    return model, tokenizer
+
+
+def never_repack(model) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first eval-mode forward.
+
+    On CPUs with AVX512-BF16 it does so in place, for speed, and from then on gradients,
+    merges, dequantize() and saving read the new layout as if it were the old one.
+    Source: bitsandbytes/nn/modules.py, Linear4bit.forward.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def only_cached(source) -> bool:
+    """True if a Hub id must come from the cache alone; one quick question finds out.
+
+    Without a network transformers asks for a minute. Raises FileNotFoundError for what
+    is no Hub id, and the Hub's error for a model that is neither there nor cached.
+    """
+    if os.path.isdir(source):
+        return False
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(
+            f"{source!r} is neither {EMBEDDED!r}, nor a directory here, nor a Hub id "
+            f"like {UNGATED!r}"
+        )
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"))
+    except Exception as error:
+        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return True
+        if hub_error(source, error):
+            raise
+    return False
+
+
+@contextlib.contextmanager
+def hub_errors_explained(name):
+    """Turn the Hub's long errors about `name` into one sentence with the way out."""
+    try:
+        yield
+    except Exception as error:
+        if sentence := hub_error(name, error):
+            raise sentence from None
+        raise
+
+
+def hub_error(name, error) -> OSError | None:
+    """The sentence for what lies at the bottom of `error`; None if it is not known."""
+    chain = [error]
+    while below := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(below)
+
+    def has(*kinds):
+        return any(isinstance(link, kinds) for link in chain)
+
+    if has(errors.GatedRepoError):  # 401: not logged in; 403: licence not accepted
+        return PermissionError(
+            f"{name} is gated and you have no access yet: accept its licence on "
+            f"https://huggingface.co/{name} and log in (`hf auth login`, or set "
+            f"HF_TOKEN), or take the ungated {UNGATED}"
+        )
+    if has(errors.RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"the Hub has no model {name}, or it is private: check the spelling, or "
+            "log in (`hf auth login`, or set HF_TOKEN)"
+        )
+    # httpx's errors without a response: no connection. One with a response (500, 429)
+    # is an HfHubHTTPError and speaks for itself.
+    no_answer = has(errors.HTTPError) and not has(errors.HfHubHTTPError)
+    if no_answer or has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = "the Hub cannot be reached: "
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set: unset it, "
+        return ConnectionError(
+            f"{name} is not whole in this machine's cache and {why}load it once with a "
+            f"network, or take {EMBEDDED!r}"
+        )
+    return None
+
+
+def base_identity(name=EMBEDDED) -> dict:
+    """What an adapter must remember of its base: name, revision, weights_sha256.
+
+    A Hub id has its commit as revision and no hash (the commit fixes the weights); a
+    directory has a hash and no revision; the embedded model has both. The name never
+    holds a path.
+    """
+    if name == EMBEDDED:
+        return json.loads((embedded_dir() / MANIFEST).read_text("utf-8"))["base"]
+    if os.path.isdir(name):
+        folder = Path(name).resolve()
+        hashes = [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
+        if not hashes:
+            raise FileNotFoundError(f"{folder} holds no *.safetensors: not a model")
+        if len(hashes) > 1:
+            hashes = [hashlib.sha256("".join(hashes).encode()).hexdigest()]
+        return {"name": folder.name, "revision": None, "weights_sha256": hashes[0]}
+    with hub_errors_explained(name):
+        file = hf_hub_download(name, "config.json", local_files_only=only_cached(name))
+    commit = Path(file).parent.name  # .../snapshots/COMMIT/config.json
+    return {"name": name, "revision": commit, "weights_sha256": None}
+
+
+def llama3_rope(factor: float) -> dict:
+    """Rotary settings of Llama 3.1 (factor 8) and 3.2 (factor 32)."""
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def default_rope(theta: float) -> dict:
+    """Rotary settings of Llama 1 and 2 and CodeLlama: the base alone."""
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+class Shape(NamedTuple):
+    """The numbers that make a Llama's shape."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool  # lm_head is the embedding
+    positions: int  # longest row, in tokens
+    rope: dict
+
+
+SHAPES = {
+    # fits the embedded Llama's tokenizer
+    "tiny": Shape(2, 64, 128, 4, 2, 49152, True, 512, default_rope(1e4)),
+    # Llama-3.2-1B
+    "1B": Shape(16, 2048, 8192, 32, 8, 128256, True, 131072, llama3_rope(32.0)),
+    # Llama-3.2-3B
+    "3B": Shape(28, 3072, 8192, 24, 8, 128256, True, 131072, llama3_rope(32.0)),
+    # Llama-3.1-8B
+    "8B": Shape(32, 4096, 14336, 32, 8, 128256, False, 131072, llama3_rope(8.0)),
+    # Llama-2-13B
+    "13B": Shape(40, 5120, 13824, 40, 40, 32000, False, 4096, default_rope(1e4)),
+    # CodeLlama-34B
+    "34B": Shape(48, 8192, 22016, 64, 8, 32000, False, 16384, default_rope(1e6)),
+    # LLaMA-65B, the QLoRA paper's largest
+    "65B": Shape(80, 8192, 22016, 64, 64, 32000, False, 2048, default_rope(1e4)),
+    # Llama-3.1-70B
+    "70B": Shape(80, 8192, 28672, 64, 8, 128256, False, 131072, llama3_rope(8.0)),
+}
+
+
+def llama_config(shape: str) -> LlamaConfig:
+    """The LlamaConfig of a shape of SHAPES. Raises ValueError for another name."""
+    if shape not in SHAPES:
+        raise ValueError(f"shape {shape!r} is unknown: take one of {list(SHAPES)}")
+    numbers = SHAPES[shape]
+    return LlamaConfig(
+        num_hidden_layers=numbers.layers,
+        hidden_size=numbers.hidden,
+        intermediate_size=numbers.intermediate,
+        num_attention_heads=numbers.heads,
+        num_key_value_heads=numbers.kv_heads,
+        vocab_size=numbers.vocab,
+        tie_word_embeddings=numbers.tied,
+        max_position_embeddings=numbers.positions,
+        rope_parameters=numbers.rope,
+        rms_norm_eps=1e-5,
+    )
+
+
+def random_llama(shape, quantization=None, seed=0):
+    """A Llama with random weights, for measuring speed and memory: it says nothing.
+
+    shape: a name of SHAPES or a LlamaConfig. Each 16-bit weight is made and quantized
+    before the next one is made, so that the whole 16-bit model is never held. Without
+    `quantization` (a 4-bit BitsAndBytesConfig) all weights stay 16-bit (fp32 where the
+    CPU's profile says so). Returns the model, in eval mode on the profile's device.
+    """
+    if quantization is not None and not quantization.load_in_4bit:
+        raise ValueError("random_llama builds 4-bit or unquantized: got another config")
+    machine = env.profile()
+    config = shape if isinstance(shape, LlamaConfig) else llama_config(shape)
+    dtype = machine.compute_dtype
+    if quantization is not None:
+        dtype = quantization.bnb_4bit_compute_dtype
+    with torch.device("meta"):  # the skeleton: shapes and dtypes, no memory
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa"
+        )
+    # The quantizer's own hooks, so that PEFT and TRL find what from_pretrained leaves.
+    # Source: transformers/modeling_utils.py, from_pretrained.
+    quantizer = None
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    parameters = dict(model.named_parameters())  # a tied weight once
+    for name, old in tqdm(parameters.items(), desc="random weights", delay=5):
+        weight = torch.empty(old.shape, dtype=dtype, device=machine.device)
+        if old.ndim == 2:
+            weight.normal_(0, config.initializer_range, generator=generator)
+        else:
+            weight.fill_(0 if name.endswith("bias") else 1)  # else a norm
+        if isinstance(old, Params4bit):  # .to() is what quantizes, on CPU too
+            new = Params4bit(weight, requires_grad=False, **old.__dict__)
+            new = new.to(machine.device)
+        else:
+            new = torch.nn.Parameter(weight)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, new)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # its fp32 buffers were made on meta
+    model.model.rotary_emb = type(rotary)(model.config).to(machine.device)
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
+    never_repack(model)
+    return model.eval()

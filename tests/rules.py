@@ -1,0 +1,486 @@
+"""The notebook rules: each takes a notebook and its path, and yields what breaks it."""
+
+import ast
+import functools
+import importlib.metadata
+import itertools
+import re
+import sys
+
+import nbformat
+
+from qlora_helpers import course, env
+
+TAGS = {
+    "setup",
+    "settings",
+    "prediction",
+    "reveal",
+    "exercise",
+    "solution",
+    "gpu",
+    "nbval-ignore-output",
+    "nbval-check-output",
+    "raises-exception",
+}
+HEADER = (
+    "**Question**",
+    "**You will be able to**",
+    "**Before**",
+    "**Time**",
+    "**Needs**",
+    "**Downloads**",
+)
+ENDING = ["What we found", "Exercises", "Next"]
+PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+# halves, so that this file does not break the rule that it states
+REGISTRIES = [
+    name + end
+    for name, end in (
+        ("pypi", ".org"),
+        ("pythonhosted", ".org"),
+        ("download.pytorch", ".org"),
+        ("conda.anaconda", ".org"),
+    )
+]
+PRIVATE = re.compile(
+    r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt)/\w|[A-Z]:\\Users"
+    r"|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
+)
+
+
+def tagged(cell, tag) -> bool:
+    return tag in cell.metadata.get("tags", [])
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose(notebook):
+    """Each markdown cell's text without its fenced code."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            yield re.sub(r"(?ms)^```.*?^```", "", cell.source)
+
+
+def headings(notebook):
+    """(level, text) of each heading, in order."""
+    for text in prose(notebook):
+        for marks, words in re.findall(r"(?m)^(#+) +(.+?)\s*$", text):
+            yield len(marks), words
+
+
+def tree(cell):
+    """A cell's syntax tree; an empty one where it is no plain Python (a rule's own)."""
+    try:
+        return ast.parse(cell.source)
+    except SyntaxError:
+        return ast.Module(body=[], type_ignores=[])
+
+
+def calls(syntax, module):
+    """Each call of `module.name(...)` in a syntax tree, as (name, node)."""
+    for node in ast.walk(syntax):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id == module
+        ):
+            yield node.func.attr, node
+
+
+# ---- where the outputs come from
+
+
+def valid(notebook, path):
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        yield f"not a valid notebook: {str(error).splitlines()[0]}"
+    if (notebook.nbformat, notebook.nbformat_minor) < (4, 5):
+        yield "older than format 4.5, so its cells have no ids"
+
+
+def counts(notebook, path):
+    found = [cell.execution_count for cell in code_cells(notebook)]
+    if found != list(range(1, len(found) + 1)):
+        yield f"execution counts are {found}, not 1 to {len(found)}: run make outputs"
+
+
+def hashes(notebook, path):
+    for i, cell in enumerate(code_cells(notebook), start=1):
+        if cell.metadata.get("source_sha256") != course.source_hash(cell.source):
+            yield f"the output of code cell {i} is not of this source: run make outputs"
+
+
+def errors(notebook, path):
+    for i, cell in enumerate(code_cells(notebook), start=1):
+        failed = any(output.output_type == "error" for output in cell.outputs)
+        if failed and not tagged(cell, "raises-exception"):
+            yield f"code cell {i} failed"
+
+
+def metadata(notebook, path):
+    expected = {"kernelspec": course.KERNEL, "language_info": {"name": "python"}}
+    if notebook.metadata != expected:
+        yield f"notebook metadata is {dict(notebook.metadata)}, expected {expected}"
+    for cell in notebook.cells:
+        more = set(cell.metadata) - {"tags", "source_sha256"}
+        if more:
+            yield f"cell {cell.id} has metadata {sorted(more)}"
+        for output in cell.get("outputs", []):
+            if course.WIDGET in output.get("data", {}):
+                yield f"cell {cell.id} stores a widget"
+            if output.get("name") == "stderr":
+                yield f"cell {cell.id} stores log lines (stderr)"
+
+
+def tags(notebook, path):
+    for cell in notebook.cells:
+        unknown = set(cell.metadata.get("tags", [])) - TAGS
+        if unknown:
+            yield f"cell {cell.id} has tags nobody knows: {sorted(unknown)}"
+
+
+def ignored(notebook, path):
+    cells = code_cells(notebook)
+    count = sum(tagged(cell, "nbval-ignore-output") for cell in cells)
+    if 3 * count > len(cells):
+        yield f"{count} of {len(cells)} outputs are not compared; a third may be"
+    for cell in cells:
+        if "NBVAL_" in cell.source or "PYTEST_VALIDATE" in cell.source:
+            yield f"cell {cell.id} steers nbval by a comment: use a tag"
+
+
+def size(notebook, path):
+    length = len(nbformat.writes(notebook).encode())
+    if length > 300_000:
+        yield f"{length:,} bytes; 300,000 at most: smaller or fewer pictures"
+
+
+# ---- how it is laid out
+
+
+def header(notebook, path):
+    first = notebook.cells[0]
+    if first.cell_type != "markdown":
+        yield "the first cell is no markdown"
+        return
+    number = path.stem[:2]
+    if not re.match(rf"# {number} \S", first.source):
+        yield f'the first line is not "# {number} Title"'
+    places = [first.source.find(part) for part in HEADER]
+    for part, place in zip(HEADER, places, strict=True):
+        if place < 0:
+            yield f"the header lacks {part}"
+    if -1 not in places and places != sorted(places):
+        yield f"the header's parts are not in the order {', '.join(HEADER)}"
+
+
+def setup(notebook, path):
+    second = notebook.cells[1]
+    if second.cell_type != "code" or not tagged(second, "setup"):
+        yield "the second cell is not the code cell tagged setup"
+    elif len(second.source.splitlines()) > 8:
+        yield "the set-up cell is longer than 8 lines"
+    if sum(tagged(cell, "setup") for cell in notebook.cells) > 1:
+        yield "there are several set-up cells"
+
+
+def settings(notebook, path):
+    third = notebook.cells[2]
+    if third.cell_type != "code" or not tagged(third, "settings"):
+        yield "the third cell is not the code cell tagged settings"
+        return
+    named = 0
+    for node in tree(third).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            for name in ast.walk(target):
+                if isinstance(name, ast.Name):
+                    named += 1
+                    if not name.id.isupper():
+                        yield f"the setting {name.id} is not in capitals"
+        if not targets:
+            yield f"the settings cell does more than set: {ast.unparse(node)}"
+    if not named:
+        yield "the settings cell sets nothing"
+
+
+def nesting(notebook, path):
+    levels = [level for level, _ in headings(notebook)]
+    if levels[:1] != [1] or levels.count(1) != 1:
+        yield "there must be one heading of level 1, and it comes first"
+    for (_, _), (level, words), before in zip(
+        headings(notebook), list(headings(notebook))[1:], levels, strict=False
+    ):
+        if level > before + 1:
+            yield f'the heading "{words}" skips a level'
+
+
+def ending(notebook, path):
+    last = [words for level, words in headings(notebook) if level == 2][-3:]
+    if last != ENDING:
+        yield f"the last headings are {last}, expected {ENDING}"
+
+
+# ---- code
+
+
+def plain_python(notebook, path):
+    for cell in code_cells(notebook):
+        try:
+            ast.parse(cell.source)
+        except SyntaxError as error:
+            yield f"cell {cell.id} is no plain Python (a magic, a shell line?): {error}"
+        if not cell.source.strip():
+            yield f"cell {cell.id} is empty"
+
+
+def short_cells(notebook, path):
+    for i, cell in enumerate(code_cells(notebook), start=1):
+        lines = cell.source.splitlines()
+        if len(lines) > 25:
+            yield f"code cell {i} has {len(lines)} lines; 25 at most"
+        for line in lines:
+            if len(line) > 88:
+                yield f"code cell {i}: {len(line)} columns, 88 at most: {line[:40]}..."
+
+
+def no_tricks(notebook, path):
+    for cell in code_cells(notebook):
+        for node in ast.walk(tree(cell)):
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                yield f"star import from {node.module}"
+            if (
+                isinstance(node, ast.If)
+                and isinstance(node.test, ast.Constant)
+                and not node.test.value
+            ):
+                yield "code switched off by `if False`"
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                yield "trust_remote_code runs a stranger's code"
+
+
+def imports(notebook, path):
+    allowed = installed_imports() | set(sys.stdlib_module_names) | {"qlora_helpers"}
+    for cell in code_cells(notebook):
+        for module in imported(tree(cell)) - allowed:
+            yield f"imports {module}, which requirements.txt does not list"
+
+
+def imported(syntax) -> set[str]:
+    """The top-level names of all modules that a syntax tree imports."""
+    found = set()
+    for node in ast.walk(syntax):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def requirements() -> dict[str, str]:
+    """Name to exact version, from requirements.txt."""
+    text = (env.ROOT / "requirements.txt").read_text(encoding="utf-8")
+    return dict(re.findall(r"(?m)^([A-Za-z0-9_.-]+)==([^\s#]+)", text))
+
+
+@functools.cache
+def installed_imports() -> set[str]:
+    """The modules that the packages of requirements.txt bring."""
+    wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in requirements()}
+    return {
+        module
+        for module, packages in importlib.metadata.packages_distributions().items()
+        if wanted & {re.sub(r"[-_.]+", "-", name).lower() for name in packages}
+    }
+
+
+# ---- predictions, checks, exercises
+
+
+def check_ids(notebook, path):
+    number, seen = path.stem[:2], set()
+    for cell in code_cells(notebook):
+        for name, call in calls(tree(cell), "check"):
+            if name not in ("compare", "choose", "holds"):
+                continue
+            id = getattr(call.args[0], "value", None) if call.args else None
+            if not isinstance(id, str) or not re.fullmatch(r"\d\d\.[a-z0-9_]+", id):
+                yield f"check.{name} has the id {id!r}, expected '{number}.name'"
+            elif not id.startswith(f"{number}."):
+                yield f"the id {id} belongs to another notebook"
+            elif id in seen:
+                yield f"the id {id} is used twice"
+            seen.add(id)
+
+
+def predictions(notebook, path):
+    """A guess is a constant, and goes into a check and nowhere else.
+
+    Then blanks (`...`) run wherever guesses do, as every check takes a blank.
+    """
+    guessed = {}
+    for cell in notebook.cells:
+        if not tagged(cell, "prediction"):
+            continue
+        for node in tree(cell).body:
+            single = (
+                isinstance(node, ast.Assign)
+                and len(node.targets) == 1
+                and isinstance(node.targets[0], ast.Name)
+            )
+            if not single or not is_literal(node.value):
+                yield f"a prediction is `name = constant`, not `{ast.unparse(node)}`"
+            else:
+                guessed[node.targets[0].id] = False
+        if cell.cell_type != "code" or not tree(cell).body:
+            yield f"the prediction cell {cell.id} predicts nothing"
+    for cell in code_cells(notebook):
+        if tagged(cell, "prediction"):
+            continue
+        syntax, in_checks = tree(cell), set()
+        for name, call in calls(syntax, "check"):
+            given = [*call.args[1:2], *(k.value for k in call.keywords)]
+            if name in ("compare", "choose"):
+                in_checks |= {id(node) for node in given}
+        for node in ast.walk(syntax):
+            if isinstance(node, ast.Name) and node.id in guessed:
+                if id(node) not in in_checks or not isinstance(node.ctx, ast.Load):
+                    yield f"the guess {node.id} is used outside compare and choose"
+                guessed[node.id] = True
+    for name, met in guessed.items():
+        if not met:
+            yield f"the guess {name} never meets its measurement"
+
+
+def is_literal(node) -> bool:
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
+def exercises(notebook, path):
+    stubs = [i for i, cell in enumerate(notebook.cells) if tagged(cell, "exercise")]
+    solutions = [i for i, cell in enumerate(notebook.cells) if tagged(cell, "solution")]
+    if solutions != [i + 1 for i in stubs]:
+        yield "each exercise cell must be followed by its solution cell"
+        return
+    for i in stubs:
+        stub, solution = notebook.cells[i], notebook.cells[i + 1]
+        last = tree(stub).body[-1] if stub.cell_type == "code" else None
+        oracle = isinstance(last, ast.Expr) and ast.unparse(last)
+        if not oracle or not re.match(r"exercises\.check_\w+\(", oracle):
+            yield f"the exercise {stub.id} does not end in exercises.check_...(...)"
+        for part in ("Hint", "Solution"):
+            if f"<details><summary>{part}</summary>" not in solution.source:
+                yield f"the solution {solution.id} lacks a folded {part}"
+        if solution.source.count("<details>") != solution.source.count("</details>"):
+            yield f"the solution {solution.id} leaves a <details> open"
+        if len(solution_code(solution)) != 1:
+            yield f"the solution {solution.id} must hold one ```python block"
+
+
+def solution_code(cell) -> list[str]:
+    return re.findall(r"(?ms)^```python\n(.*?)^```", cell.source)
+
+
+# ---- what a reader meets
+
+
+def figures(notebook, path):
+    for cell, following in itertools.zip_longest(notebook.cells, notebook.cells[1:]):
+        shown = False
+        for output in cell.get("outputs", []):
+            for kind in set(PICTURES) & set(output.get("data", {})):
+                shown = True
+                alt = output.get("metadata", {}).get(kind, {}).get("alt", "")
+                if not alt.strip():
+                    yield f"a figure of cell {cell.id} has no alt text: plots.show"
+        if shown and (following is None or following.cell_type != "markdown"):
+            yield f"no markdown after the figure of cell {cell.id} says what it shows"
+
+
+def links(notebook, path):
+    for text in prose(notebook):
+        yield from broken_links(text, path)
+
+
+def broken_links(text, path):
+    """What is wrong with the links of a markdown text in the file `path`."""
+    for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)[^)]*\)", text):
+        if not alt.strip():
+            yield f"the picture {target} has no alt text"
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", text):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        if not found.exists():
+            yield f"the link {target} leads nowhere"
+        elif anchor and anchor.lower() not in anchors(found):
+            yield f"the link {target} names no heading there"
+
+
+def anchors(path) -> set[str]:
+    """The anchors of a file's headings, as GitHub and Jupyter make them, lower case."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        words = [words for _, words in headings(nbformat.reads(text, as_version=4))]
+    else:
+        text = re.sub(r"(?ms)^```.*?^```", "", text)
+        words = re.findall(r"(?m)^#+ +(.+?)\s*$", text)
+    github = {re.sub(r"[^\w\- ]", "", word.lower()).replace(" ", "-") for word in words}
+    return github | {word.lower().replace(" ", "-") for word in words}
+
+
+def private(notebook, path):
+    text = nbformat.writes(notebook)
+    pictures = [
+        output["data"][kind]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        for kind in PICTURES
+        if kind in output.get("data", {})
+    ]
+    for picture in pictures:
+        text = text.replace(picture, "")
+    for found in PRIVATE.findall(text):
+        yield f"holds {found!r}: a machine's own path or a token"
+    for host in REGISTRIES:
+        if host in text:
+            yield f"names the registry host {host}"
+
+
+RULES = [
+    valid,
+    counts,
+    hashes,
+    errors,
+    metadata,
+    tags,
+    ignored,
+    size,
+    header,
+    setup,
+    settings,
+    nesting,
+    ending,
+    plain_python,
+    short_cells,
+    no_tricks,
+    imports,
+    check_ids,
+    predictions,
+    exercises,
+    figures,
+    links,
+    private,
+]

@@ -1,0 +1,296 @@
+"""Predictions meet measurements, figures keep the style, recordings are whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from qlora_helpers import check, plots, recorded
+
+# ---- predictions and claims
+
+
+@pytest.fixture
+def journal(tmp_path, monkeypatch):
+    file = tmp_path / "my_course" / "journal.jsonl"
+    monkeypatch.setenv("QLORA_JOURNAL", str(file))
+    return file
+
+
+@pytest.mark.parametrize(
+    "predicted, measured, unit, line",
+    [
+        (4, 4.5, "bit", "predicted 4 bit, measured 4.5 bit, ratio 0.889"),
+        (..., 4.5, "bit", "no prediction yet, measured 4.5 bit"),
+        (
+            1e8,
+            134_515_008,
+            "",
+            "predicted 100,000,000, measured 134,515,008, ratio 0.743",
+        ),
+        (1, torch.tensor(0.25), "", "predicted 1, measured 0.25, ratio 4"),
+        (np.float32(0.5), np.int64(2), "", "predicted 0.5, measured 2, ratio 0.25"),
+        (3, 0, "", "predicted 3, measured 0, no ratio"),
+        (2, 1.5e-9, "s", "predicted 2 s, measured 1.5e-09 s, ratio 1,333,333,333"),
+        (1, float("nan"), "", "predicted 1, measured nan, ratio nan"),
+    ],
+)
+def test_compare_prints_one_line(predicted, measured, unit, line, capsys):
+    check.compare("02.bits", predicted, measured, unit=unit)
+    assert capsys.readouterr().out == f"02.bits: {line}\n"
+
+
+@pytest.mark.parametrize("predicted", ["4", None, True, [4], torch.ones(2)])
+def test_compare_refuses_what_is_no_number(predicted):
+    with pytest.raises(TypeError, match=r"02\.bits: predicted is .* expected one num"):
+        check.compare("02.bits", predicted, 4.5)
+
+
+def test_compare_takes_no_blank_measurement():
+    with pytest.raises(TypeError, match="measured is Ellipsis"):
+        check.compare("02.bits", 4, ...)
+
+
+@pytest.mark.parametrize("id", ["2.bits", "02.Bits", "bits", "02bits", 2, None])
+def test_ids_are_stable_names(id):
+    for call in (
+        lambda: check.compare(id, 1, 1),
+        lambda: check.choose(id, "a", "a", ["x"]),
+        lambda: check.holds(id, True, "x"),
+    ):
+        with pytest.raises(ValueError, match=r'such as "02\.bits"'):
+            call()
+
+
+OPTIONS = ["half", "a tenth", "nothing"]
+
+
+@pytest.mark.parametrize(
+    "predicted, line",
+    [
+        ("b", "predicted b (a tenth), the measurement shows b (a tenth): as predicted"),
+        (
+            "a",
+            "predicted a (half), the measurement shows b (a tenth): not as predicted",
+        ),
+        (..., "no prediction yet, the measurement shows b (a tenth)"),
+    ],
+)
+@pytest.mark.parametrize("options", [OPTIONS, dict(zip("abc", OPTIONS, strict=True))])
+def test_choose_prints_one_line(predicted, line, options, capsys):
+    check.choose("02.saves", predicted, answer="b", options=options)
+    assert capsys.readouterr().out == f"02.saves: {line}\n"
+
+
+@pytest.mark.parametrize("predicted", ["d", "A", "half", "", None, ["a"], 1])
+def test_choose_refuses_other_letters(predicted):
+    with pytest.raises(ValueError, match=r"expected one of 'a', 'b', 'c', or \.\.\."):
+        check.choose("02.saves", predicted, answer="b", options=OPTIONS)
+
+
+def test_choose_refuses_a_blank_answer():
+    with pytest.raises(ValueError, match="answer is Ellipsis"):
+        check.choose("02.saves", "a", answer=..., options=OPTIONS)
+
+
+@pytest.mark.parametrize("yes", [True, np.bool_(True), torch.tensor(True)])
+def test_holds_prints_on_every_machine_and_stops_none(yes, capsys):
+    check.holds("06.better", yes, "after > before")
+    check.holds("06.better", not yes, "after > before")
+    assert capsys.readouterr().out == (
+        "06.better: holds: after > before\n"
+        "06.better: DOES NOT HOLD here: after > before\n"
+    )
+
+
+def test_holds_refuses_what_is_no_claim():
+    with pytest.raises(TypeError, match="after > before"):
+        check.holds("06.better", 0.7, "accuracy")
+
+
+def test_journal_keeps_each_comparison(journal):
+    check.compare("02.bits", 4, 4.5, unit="bit")
+    check.choose("02.saves", ..., answer="b", options=OPTIONS)
+    with journal.open("a", encoding="utf-8") as file:
+        file.write('{"cut sho\n')
+    check.holds("02.better", False, "x")
+    rows = check.journal()
+    shown = [
+        (row["id"], row["kind"], row.get("predicted"), row["measured"]) for row in rows
+    ]
+    assert shown == [
+        ("02.bits", "compare", 4, 4.5),
+        ("02.saves", "choose", None, "b"),
+        ("02.better", "holds", None, False),
+    ]
+    assert rows[0]["unit"] == "bit" and rows[0]["time"].endswith("+00:00")
+
+
+def test_journal_that_cannot_be_written_stops_no_lesson(journal, capsys):
+    journal.parent.write_text("a file where the folder should be", encoding="utf-8")
+    check.compare("02.bits", 4, 4.5)
+    assert "ratio" in capsys.readouterr().out
+    assert check.journal() == []
+
+
+def test_journal_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("QLORA_JOURNAL", "")
+    check.compare("02.bits", 4, 4.5)
+    assert check.journal() == []
+
+
+# ---- figures
+
+
+@pytest.fixture
+def drawn():
+    fig, ax = plots.figure()
+    ax.plot([1, 2, 3], [3, 2, 1], label="run 1")
+    ax.plot([1, 2, 3], [3, 2, 1.01], label="run 2")
+    ax.set(
+        title="The loss falls", xlabel="step (no unit)", ylabel="loss (nat per token)"
+    )
+    return fig, ax
+
+
+ALT = "The loss falls from 3 to 1 in three steps."
+
+
+def test_show_displays_a_small_picture_with_its_alt_text(tmp_path):
+    script = f"""
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from qlora_helpers import plots
+InteractiveShell.instance()
+fig, ax = plots.figure()
+ax.plot([1, 2], [2, 1])
+ax.set(title="The loss falls", xlabel="step (no unit)", ylabel="loss (nat)")
+with capture_output() as captured:
+    plots.show(fig, alt={ALT!r})
+import json
+[shown] = captured.outputs
+print(json.dumps([shown.data, shown.metadata]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=plots.__file__.rpartition("qlora_helpers")[0],
+        env={**os.environ, "IPYTHONDIR": str(tmp_path)},
+    )
+    data, metadata = json.loads(done.stdout.splitlines()[-1])
+    assert metadata == {"image/png": {"alt": ALT}}
+    assert data["text/plain"] == f"Figure: {ALT}"
+    assert data["image/png"].startswith("iVBOR") and len(data["image/png"]) < 60_000
+
+
+def test_show_outside_a_notebook_says_what_it_would_show(drawn, capsys):
+    plots.show(drawn[0], alt=ALT)
+    assert capsys.readouterr().out == f"Figure: {ALT}\n"
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("alt", ["", "a figure", None])
+def test_show_refuses_a_figure_without_alt_text(drawn, alt):
+    with pytest.raises(ValueError, match="say in a sentence"):
+        plots.show(drawn[0], alt=alt)
+
+
+@pytest.mark.parametrize("label", ["", "loss", "(nat) loss"])
+def test_show_refuses_an_axis_without_a_unit(drawn, label):
+    drawn[1].set_ylabel(label)
+    with pytest.raises(ValueError, match="the y axis is labelled .* unit"):
+        plots.show(drawn[0], alt=ALT)
+
+
+def test_show_refuses_a_figure_without_a_title(drawn):
+    drawn[1].set_title("")
+    with pytest.raises(ValueError, match="no title"):
+        plots.show(drawn[0], alt=ALT)
+
+
+def test_bars_start_from_zero(capsys):
+    fig, ax = plots.figure()
+    ax.bar(["before", "after"], [50, 80], yerr=3)
+    ax.set(title="After is better", xlabel="model (no unit)", ylabel="right (%)")
+    plots.show(fig, alt=ALT)
+    ax.set_ylim(40, 90)
+    with pytest.raises(ValueError, match="start from zero"):
+        plots.show(fig, alt=ALT)
+
+
+def test_shared_inner_axes_need_no_label(capsys):
+    fig, axes = plots.figure(2, 1)
+    shared, (top, bottom) = plt.subplots(2, 1, sharex=True)
+    for ax in (top, bottom):
+        ax.plot([1, 2], [1, 2])
+        ax.set(title="It grows", ylabel="loss (nat)")
+    bottom.set_xlabel("step (no unit)")
+    plots.show(shared, alt=ALT)
+    assert len(axes) == 2
+
+
+def test_labels_at_lines_ends_do_not_overlap(drawn):
+    fig, ax = drawn
+    plots.label_ends(ax, gap=13)
+    fig.canvas.draw()
+    low, high = sorted(text.get_window_extent().y0 for text in ax.texts)
+    assert (high - low) * 72 / fig.dpi >= 12.9
+    assert [text.get_text() for text in ax.texts] == ["run 1", "run 2"]
+
+
+def test_colours_stand_out_on_white():
+    def light(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = [
+            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+        ]
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b  # WCAG 2, relative luminance
+
+    assert all(1.05 / (light(colour) + 0.05) >= 3 for colour in plots.COLOURS)
+    assert len(set(plots.DASHES)) == len(set(plots.MARKERS)) == len(plots.COLOURS)
+
+
+# ---- recordings
+
+ROWS = [{"tokens": 128, "peak_gib": 2.5}]
+
+
+def test_recording_round_trip(tmp_path):
+    facts = recorded.facts()
+    recorded.write("speed", facts, ROWS, folder=tmp_path)
+    assert recorded.read("speed", folder=tmp_path) == {"facts": facts, "rows": ROWS}
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
+    assert set(recorded.FACTS) <= set(facts)
+
+
+def test_unknown_recording_names_the_known_ones(tmp_path):
+    recorded.write("speed", recorded.facts(), ROWS, folder=tmp_path)
+    with pytest.raises(FileNotFoundError, match="'sped' .* there are: speed"):
+        recorded.read("sped", folder=tmp_path)
+
+
+@pytest.mark.parametrize("missing", recorded.FACTS)
+def test_recording_without_its_facts_is_refused(missing, tmp_path):
+    facts = {key: value for key, value in recorded.facts().items() if key != missing}
+    with pytest.raises(ValueError, match=f"facts lack {missing}"):
+        recorded.write("speed", facts, ROWS, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"facts": 1, "rows": []}'])
+def test_broken_recording_is_named(text, tmp_path):
+    (tmp_path / "speed.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="speed"):
+        recorded.read("speed", folder=tmp_path)
+
+
+def test_rows_must_be_rows(tmp_path):
+    with pytest.raises(ValueError, match="list of dicts"):
+        recorded.write("speed", recorded.facts(), {"peak_gib": 1}, folder=tmp_path)

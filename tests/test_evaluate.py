@@ -1,0 +1,331 @@
+"""Asking a model: generation, accuracy, intervals, perplexity."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from qlora_helpers import evaluate, records
+from qlora_helpers.evaluate import (
+    bootstrap_interval,
+    generate_answers,
+    paired_interval,
+    perplexity,
+)
+from qlora_helpers.sql import open_database
+
+STARS = """
+CREATE TABLE star (id INTEGER, name TEXT, magnitude REAL);
+INSERT INTO star VALUES (1, 'Vega', 0.03), (2, 'Deneb', 1.25), (3, 'Altair', 0.76),
+  (4, 'dark', NULL);
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def database():
+    """A locked database of four stars."""
+    opened = open_database(STARS)
+    yield opened
+    opened.close()
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        _, low, high = bootstrap_interval(rng.random(80) < 0.7, confidence=0.8)
+        covered += low <= 0.7 <= high
+    assert 0.7 <= covered / 200 <= 0.9  # four standard errors about 0.8
+
+
+def test_an_interval_repeats_holds_its_mean_and_narrows():
+    few, many = [1, 0, 1, 1] * 5, [1, 0, 1, 1] * 50
+    assert bootstrap_interval(few) == bootstrap_interval(few)
+    mean, low, high = bootstrap_interval(few)
+    assert mean == 0.75 and low < mean < high
+    _, low_many, high_many = bootstrap_interval(many)
+    assert low < low_many < 0.75 < high_many < high
+    _, low_sure, high_sure = bootstrap_interval(few, confidence=0.99)
+    assert low_sure < low and high_sure > high
+
+
+@pytest.mark.parametrize("n", [1, 50, 300])
+def test_all_right_or_all_wrong_is_not_certain(n):
+    mean, low, high = bootstrap_interval([0] * n)
+    assert (mean, low) == (0, 0)
+    # at a true share of `high`, n wrong answers in a row have a chance of 2.5 %
+    assert (1 - high) ** n == pytest.approx(0.025)
+    assert bootstrap_interval([True] * n) == pytest.approx((1, 1 - high, 1))
+
+
+@pytest.mark.parametrize("values", [[], [math.nan, 1.0], [math.inf]])
+def test_an_interval_of_nothing_is_refused(values):
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        bootstrap_interval(values)
+
+
+def test_pairs_see_a_difference_that_two_intervals_miss():
+    rng = np.random.default_rng(0)
+    before = rng.normal(3.0, 0.5, 40)  # blocks of a text differ much
+    after = before + rng.normal(0.05, 0.02, 40)  # models little
+    mean, low, high = paired_interval(before, after)
+    assert 0 < low < mean < high < 0.1
+    assert bootstrap_interval(before).high > bootstrap_interval(after).low
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "mean"), [(0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, -1)]
+)
+def test_pairs_that_all_agree_are_not_certain(before, after, mean):
+    found, low, high = paired_interval([before] * 50, [after] * 50)
+    assert found == mean and -1 <= low <= mean <= high <= 1
+    assert 0.05 < high - low < 0.3
+
+
+def test_unequal_pairs_are_refused():
+    with pytest.raises(ValueError, match="expected pairs"):
+        paired_interval([1, 0], [1])
+
+
+LESSONS = {  # what the tiny Llama learns by heart
+    "count": "SELECT count(*) FROM star",
+    "who is the brightest one": "SELECT name FROM star ORDER BY magnitude LIMIT 1",
+    "all names": "SELECT name FROM star",
+    "drop": "DROP TABLE star",
+    "which stars have no magnitude": "SELECT id FROM star",
+}
+
+
+@pytest.fixture(scope="module")
+def parrot():
+    """A Llama of two layers that was trained for a second or two on LESSONS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<end>", "<answer>"]
+    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
+    raw = Tokenizer(models.BPE(vocabulary, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<end>",
+        additional_special_tokens=["<answer>"], padding_side="right",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=2, eos_token_id=1, pad_token_id=0,
+        **shape,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    texts = [f"{q}<answer>{sql}<end>" for q, sql in LESSONS.items()]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=labels,
+        ).loss.backward()
+        optimizer.step()
+    return model, tokenizer
+
+
+PROMPTS = [f"{question}<answer>" for question in LESSONS]
+
+
+def test_batches_answer_like_one_at_a_time_and_in_order(parrot):
+    expected = [(sql, True) for sql in LESSONS.values()]
+    for batch_size in (1, 2, 5):
+        assert generate_answers(*parrot, PROMPTS, batch_size) == expected
+    assert generate_answers(*parrot, PROMPTS[::-1], 3) == expected[::-1]
+
+
+def test_generating_leaves_model_and_tokenizer_as_they_were(parrot):
+    model, tokenizer = parrot
+    for training in (True, False):
+        model.train(training)
+        generate_answers(model, tokenizer, PROMPTS[:2])
+        assert model.training is training
+        assert model.model.layers[0].mlp.training is training
+    model.train()
+    with pytest.raises(RuntimeError), torch.device("meta"):
+        generate_answers(model, tokenizer, PROMPTS[:2])
+    assert model.training
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.pad_token == "<pad>"
+
+
+def test_an_answer_that_was_cut_says_so(parrot):
+    [(text, stopped)] = generate_answers(*parrot, PROMPTS[:1], max_new_tokens=6)
+    assert (text, stopped) == ("SELECT", False)
+    assert generate_answers(*parrot, []) == []
+
+
+def test_every_end_token_stops(parrot):
+    model, tokenizer = parrot
+    model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+    space = tokenizer.convert_tokens_to_ids("Ġ")
+    model.generation_config.eos_token_id = [1, space]  # as Llama 3: two ends
+    assert generate_answers(model, tokenizer, PROMPTS[:1]) == [("SELECT", True)]
+    model.generation_config.eos_token_id = None  # the tokenizer's own is enough
+    model.generation_config.do_sample = True  # as instruct models ask
+    model.generation_config.temperature = 5.0
+    model.generation_config.repetition_penalty = 9.0
+    tokenizer.pad_token = None
+    assert generate_answers(model, tokenizer, PROMPTS) == [
+        (sql, True) for sql in LESSONS.values()
+    ]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end token"):
+        generate_answers(model, tokenizer, PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_a_peft_model_answers_and_still_trains(kind, parrot, tmp_path):
+    model, tokenizer = parrot
+    model.save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    base = LlamaForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16 if kind == "bf16" else torch.float32,
+        quantization_config=nf4 if kind == "nf4" else None,
+        device_map="cpu",
+    )
+    plain = generate_answers(base, tokenizer, PROMPTS)
+    right = sum(
+        text == sql for (text, _), sql in zip(plain, LESSONS.values(), strict=True)
+    )
+    assert right >= 3  # what four bits, or eight bits of mantissa, leave
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear"))
+    adapters = [p for p in adapted.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapters} == {torch.float32}
+    assert generate_answers(adapted, tokenizer, PROMPTS) == plain  # B is zero
+    assert perplexity(adapted, tokenizer, "all names" * 5, block=8).value > 1
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in adapters)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Prompts in the parrot's own layout; the system messages they were made with."""
+    systems = []
+
+    def prompt(record, tokenizer, system):
+        systems.append(system)
+        return f"{record['instruction']}<answer>"
+
+    monkeypatch.setattr(evaluate.task, "prompt", prompt)
+    return systems
+
+
+def test_accuracy_of_a_model_and_its_rows(parrot, database, asked):
+    golds = {
+        "count": "SELECT count(id) FROM star",
+        "all names": "SELECT name FROM star WHERE id > 0",
+        "which stars have no magnitude": "SELECT id FROM star WHERE magnitude IS NULL",
+        "drop": "SELECT name FROM star",
+    }
+    golded = [
+        {"instruction": question, "input": "", "output": sql, "ordered": False}
+        for question, sql in golds.items()
+    ]
+    found = evaluate.execution_accuracy(*parrot, golded, [database])
+    assert asked == [records.SYSTEM] * 4
+    assert [row["right"] for row in found.rows] == [True, True, False, False]
+    assert [row["question"] for row in found.rows] == list(golds)
+    assert found.rows[2]["reason"] == "4 rows, not 1"
+    assert found.rows[3]["reason"].startswith("error: only a query may run")
+    assert found.rows[3]["predicted"] == "DROP TABLE star"
+    assert (found.accuracy, found.n, found.stopped) == (0.5, 4, 1.0)
+    assert 0 <= found.low < 0.5 < found.high <= 1
+    assert repr(found).startswith("50.0% right (") and "n = 4" in repr(found)
+
+
+def test_ask_shows_sql_and_rows(parrot, database, asked):
+    answer = evaluate.ask("all names", *parrot, database)
+    assert answer.rows == [("Vega",), ("Deneb",), ("Altair",), ("dark",)]
+    assert repr(answer).splitlines() == [
+        "SELECT name FROM star", "name", "------", "Vega", "Deneb", "Altair", "dark",
+    ]  # fmt: skip
+    refused = evaluate.ask("drop", *parrot, database)
+    assert repr(refused).startswith("DROP TABLE star\nerror: only a query may run")
+
+
+def test_the_system_message_can_be_another(parrot, database):
+    model, tokenizer = parrot
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<answer>"  # what comes first
+    answer = evaluate.ask("drop", model, tokenizer, database, system="all names")
+    assert answer.sql == LESSONS["all names"]
+    assert evaluate.ask("drop", model, tokenizer, database, system=None).error
+    gold = {"instruction": "drop", "output": LESSONS["count"], "ordered": False}
+    for system, right in {"count": 1, "all names": 0, None: 0}.items():
+        found = evaluate.execution_accuracy(
+            model, tokenizer, [gold], [database], system=system, batch_size=1
+        )
+        assert found.accuracy == right
+
+
+def test_an_answer_shows_ten_rows_and_says_how_many_more():
+    rows = [(i, None) for i in range(13)]
+    shown = repr(evaluate.Answer("SELECT 1", ["id", "x"], rows, None)).splitlines()
+    assert shown[1:4] == ["id | x", "-- | ----", "0  | NULL"]
+    assert len(shown) == 14 and shown[-1] == "... 3 more rows"
+    empty = repr(evaluate.Answer("SELECT 1", ["id"], [], None))
+    assert empty.splitlines() == ["SELECT 1", "id", "--"]
+
+
+def test_perplexity_is_the_models_own_loss(parrot):
+    model, tokenizer = parrot
+    text = "SELECT name FROM star ORDER BY magnitude LIMIT 1" * 3
+    found = perplexity(model, tokenizer, text, block=16)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert found.tokens == 16 * ((ids.shape[1] - 1) // 16) == 16 * len(found.nll)
+    for i in (0, len(found.nll) - 1):
+        piece = ids[:, 16 * i : 16 * i + 17]
+        with torch.no_grad():
+            loss = model(input_ids=piece, labels=piece).loss.item()
+        assert found.nll[i] == pytest.approx(loss, rel=1e-5)
+    assert found.value == pytest.approx(math.exp(sum(found.nll) / len(found.nll)))
+    assert found.low < found.value < found.high
+    assert f"{found.tokens} tokens" in repr(found)
+
+
+def test_perplexity_of_noise_on_an_untrained_model_is_the_vocabulary(parrot):
+    _, tokenizer = parrot
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)  # in training mode
+    found = perplexity(model, tokenizer, "some prose. " * 40, block=64)
+    assert found.value == pytest.approx(len(tokenizer), rel=0.1)
+    assert model.training
+    assert len(perplexity(model, tokenizer, "short", block=64).nll) == 1
+    with pytest.raises(ValueError, match="two tokens"):
+        perplexity(model, tokenizer, "x")
