@@ -42,7 +42,7 @@ class Profile(NamedTuple):
     bf16: bool
     use_cpu: bool  # on a Mac the Trainer would take MPS, where nothing was tested
     checkpointing: bool  # recompute activations in the backward pass
-    base: str  # the base model that fits: "embedded" or a Hub id
+    base: str  # the base model that fits; QLORA_BASE names another
 
 
 def cpu_has_bf16() -> bool:

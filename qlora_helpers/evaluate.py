@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from . import records as task
 from .sql import extract_sql, judge, run_sql
 
-MAX_NEW_TOKENS = 96  # the longest gold answer has 37, and its end token
+MAX_NEW_TOKENS = 64  # the longest gold answer has 37, and its end token
 RESAMPLES = 10_000
 
 
@@ -116,7 +116,7 @@ def paired_interval(before, after, confidence=0.95, seed=0):
 
 
 def generate_answers(
-    model, tokenizer, prompts, batch_size=16, max_new_tokens=MAX_NEW_TOKENS
+    model, tokenizer, prompts, batch_size=64, max_new_tokens=MAX_NEW_TOKENS
 ):
     """Let the model answer each prompt greedily; prompts hold their template already.
 
@@ -165,7 +165,7 @@ def generate_answers(
 
 
 def execution_accuracy(
-    model, tokenizer, records, databases, *, system=task.SYSTEM, batch_size=16
+    model, tokenizer, records, databases, *, system=task.SYSTEM, batch_size=64
 ):
     """Ask the model every record's question, run its SQL, compare with the gold.
 

@@ -1,7 +1,7 @@
 """Records (text-to-SQL, Alpaca) to prompt and completion.
 
 A record is a dict with Alpaca's columns: `instruction`, `input` (may be empty) and
-`output`. What the model is to learn is the completion alone; the prompt carries no loss.
+`output`. The model learns the completion alone; the prompt carries no loss.
 """
 
 import json
@@ -50,7 +50,7 @@ def check(record: dict, row: int) -> None:
     `input` may be empty or absent; `instruction` and `output` must be text.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"row {row}: a dict with {COLUMNS} is expected, not {record!r}")
+        raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
     for column in COLUMNS:
         value = record.get(column, "" if column == "input" else None)
         if column not in record and value is None:
@@ -60,14 +60,14 @@ def check(record: dict, row: int) -> None:
             )
         if value is not None and not isinstance(value, str):
             raise ValueError(
-                f"row {row}: {column} is {type(value).__name__} {value!r}: text is expected"
+                f"row {row}: {column} is {value!r} ({type(value).__name__}), expected text"
             )
         if column != "input" and not (value or "").strip():
-            raise ValueError(f"row {row}: {column} is empty: drop the row or fill it in")
+            raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
 
 
 def question(record: dict) -> str:
-    """What the user says: the instruction, and the input below it where there is one."""
+    """What the user says: the instruction, and below it the input, if there is one."""
     extra = (record.get("input") or "").strip()
     return record["instruction"] + (f"\n\n{extra}" if extra else "")
 
@@ -103,11 +103,11 @@ def prompt(record: dict, tokenizer, system: str | None = SYSTEM) -> str:
 def to_prompt_completion(
     records, tokenizer, max_length: int | None = None, system: str | None = SYSTEM
 ) -> Dataset:
-    """A Dataset with the columns `prompt` and `completion`, as TRL's SFTTrainer takes them.
+    """A Dataset with the columns `prompt` and `completion`, as TRL takes them.
 
-    `records` is a list of dicts or a Dataset with Alpaca's columns. With a chat template
-    both columns hold messages, and TRL renders them; else they hold text, and TRL adds
-    the end token. Records over `max_length` tokens are left out, with a warning that
+    `records` is a list of dicts or a Dataset with Alpaca's columns. With a chat
+    template both columns hold messages, and TRL renders them; else they hold text, and
+    TRL adds the end token. Records over `max_length` tokens are left out, with a warning that
     counts them and names the rows: cut off, they would teach the model to stop early.
 
     Raises ValueError naming the row for a record that cannot be trained on, and where
@@ -137,7 +137,7 @@ def to_prompt_completion(
         )
     if not rows:
         raise ValueError(
-            f"no record is left to train on: {len(too_long)} were given, all longer than "
+            f"no record is left to train on: all {len(too_long)} are longer than "
             f"max_length={max_length}"
             if too_long
             else "no record to train on: the list is empty"

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from . import env, plots
@@ -59,7 +59,6 @@ def sft_config(
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=learning_rate,
-        lr_scheduler_type="linear",
         warmup_steps=5,
         max_length=512,  # tokens; longer rows would be cut off in silence
         completion_only_loss=True,  # the prompt is given, not learned
@@ -73,7 +72,6 @@ def sft_config(
         logging_steps=1,
         logging_nan_inf_filter=False,  # or a loss of NaN is logged as 0
         save_strategy="no",  # minutes of work: the adapter is saved at the end
-        report_to="none",
         disable_tqdm=True,  # LiveLoss draws the bar
         seed=0,
     )
@@ -88,6 +86,7 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
         processing_class=tokenizer,
         callbacks=[LiveLoss()],
     )
+    trainer.remove_callback(PrinterCallback)  # LiveLoss shows what it would print
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL made them bf16: a T4's GradScaler dies of it
             parameter.data = parameter.data.float()
@@ -115,7 +114,9 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         "only adapters train": bool(trained) and all("lora_" in n for n, _ in trained),
         "adapters are fp32": all(p.dtype == torch.float32 for _, p in trained),
         f"the optimizer is {profile.optim}": args.optim == profile.optim,
-        "mixed precision": (args.fp16, args.bf16) == (profile.fp16, profile.bf16),
+        f"mixed precision is fp16={args.fp16}, bf16={args.bf16}": (
+            (args.fp16, args.bf16) == (profile.fp16, profile.bf16)
+        ),
         "the prompt carries no loss": bool(
             (labels == -100).any() & (labels >= 0).any()
         ),
@@ -178,8 +179,9 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> pathlib.Pa
     """Save the adapter, its tokenizer and what it was trained on, as one folder.
 
     `base` is `models.base_identity(name)`; peft alone would store a path of this
-    machine. `dtype`, if given, is what the adapter is stored in (fp32 otherwise). An
-    older folder is replaced as a whole: there is never half of one.
+    machine. `tokenizer` may be None where the base's is meant. `dtype` is what the
+    adapter is stored in (left out: as it is). An older folder is replaced as a whole:
+    there is never half of one.
     """
     folder = pathlib.Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +196,8 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> pathlib.Pa
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         made = pathlib.Path(beside) / "adapter"
         model.save_pretrained(made, state_dict=state)
-        tokenizer.save_pretrained(made)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
         (made / "README.md").unlink(missing_ok=True)  # an empty model card
         text = json.dumps(facts, indent=1, default=str)
         (made / "base.json").write_text(text + "\n", encoding="utf-8")

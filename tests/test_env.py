@@ -13,7 +13,7 @@ import torch
 from qlora_helpers import env
 
 Disk = collections.namedtuple("Disk", "total used free")
-VARIABLES = ("QLORA_PROFILE", "QLORA_CACHE", "KAGGLE_KERNEL_RUN_TYPE")
+VARIABLES = "QLORA_PROFILE QLORA_BASE QLORA_CACHE KAGGLE_KERNEL_RUN_TYPE".split()
 
 
 @pytest.fixture(autouse=True)

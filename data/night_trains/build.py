@@ -2,8 +2,8 @@
 
     python data/night_trains/build.py [folder]
 
-The three databases hold the same trains on the same days; homes, lengths, delays and
-tickets differ, so that a wrong query is not right by luck on all of them.
+The three databases share one calendar, of which each leaves out other nights; homes,
+lengths, delays and tickets differ too, so that a wrong query is not right by luck.
 """
 
 import datetime
@@ -21,7 +21,14 @@ SEED = 2025
 DATABASES = (1, 2, 3)  # seeds; the questions are asked of the first
 TRAINING, VALIDATION, TEST = 2000, 200, 100  # records; TEST for each of the three sets
 FIRST_DAY, LAST_DAY = datetime.date(2024, 1, 1), datetime.date(2025, 12, 13)
-TRIPS_PER_TRAIN, TICKETS_PER_TRIP = 16, (3, 8)
+NIGHTS_PER_TRAIN, TICKETS_PER_TRIP = 18, (3, 8)
+# More nights in December 2024, some before and some after the timetable changes: the
+# house rule "timetable year 2025 begins on 15 December" has to matter.
+DECEMBER_NIGHTS = {
+    datetime.date(2024, 12, 1): (14, 2),  # (days to choose from, nights of each train)
+    datetime.date(2024, 12, 15): (17, 4),
+}
+LEFT_OUT = 5  # one night in so many of the calendar's, others in each database
 
 # The last quarter of each list is never seen in training: the `values` test asks it.
 TRAINS = (
@@ -50,7 +57,7 @@ CREATE TABLE trip (
   trip INTEGER PRIMARY KEY,
   train TEXT NOT NULL REFERENCES train,
   day TEXT NOT NULL,      -- evening of departure, ISO 8601
-  late INTEGER,           -- minutes behind time at the terminus; NULL where it never came
+  late INTEGER,           -- minutes behind time at the terminus; NULL: never came
   state INTEGER NOT NULL  -- 1 ran, 2 cut short, 3 cancelled
 );
 CREATE TABLE ticket (
@@ -72,21 +79,28 @@ def pick(rng: random.Random, items: list, count: int) -> list:
     return picked
 
 
+def calendar() -> list[tuple[datetime.date, str]]:
+    """Every night on which a train may leave, in order: trip 1 is the first of them."""
+    rng, nights = random.Random(SEED), set()
+    whole = {FIRST_DAY: ((LAST_DAY - FIRST_DAY).days + 1, NIGHTS_PER_TRAIN)}
+    for train in TRAINS:
+        for first, (days, count) in (whole | DECEMBER_NIGHTS).items():
+            for night in pick(rng, range(days), count):
+                nights.add((first + datetime.timedelta(night), train))
+    return sorted(nights)
+
+
 def table_rows(seed: int) -> dict[str, list[tuple]]:
     """The rows of the three tables for one seed."""
-    days = (LAST_DAY - FIRST_DAY).days + 1
-    calendar, rng = random.Random(SEED), random.Random(seed)
-    nights = sorted(
-        (FIRST_DAY + datetime.timedelta(night), train)
-        for train in TRAINS
-        for night in pick(calendar, range(days), TRIPS_PER_TRAIN)
-    )
+    rng = random.Random(seed)
     homes = CITIES + [rng.choice(CITIES) for _ in range(len(TRAINS) - len(CITIES))]
     homes = pick(rng, homes, len(homes))
-    lengths = pick(rng, range(380, 2100), len(TRAINS))
+    lengths = pick(rng, range(600, 1500), len(TRAINS))
     train = list(zip(TRAINS, homes, lengths, strict=True))
     trip, ticket, taken = [], [], set()
-    for number, (day, name) in enumerate(nights, start=1):
+    for number, (day, name) in enumerate(calendar(), start=1):
+        if rng.randrange(LEFT_OUT) == 0:
+            continue
         state = rng.choice([1] * 15 + [2, 2] + [3, 3, 3])
         late = None
         while state == 1 and (late is None or (name, late) in taken):
@@ -131,8 +145,8 @@ def split(items: list, held_out: bool) -> list:
 def slot_values(name: str, family: Family, held_out: bool) -> list[dict[str, str]]:
     """Every value of a slot as {placeholder: text}, training's or the held-out ones."""
     if name == "k":  # spread over the log, not the last trips of it
-        trips = len(TRAINS) * TRIPS_PER_TRAIN
-        return [{"k": str(k)} for k in range(1, trips + 1) if (k % 4 == 0) == held_out]
+        trips = range(1, len(calendar()) + 1)
+        return [{"k": str(k)} for k in trips if (k % 4 == 0) == held_out]
     if name == "m":
         months = [
             datetime.date(2024 + number // 12, number % 12 + 1, 1)
@@ -146,7 +160,7 @@ def slot_values(name: str, family: Family, held_out: bool) -> list[dict[str, str
     if name == "n":
         numbers = {
             "worst_days": range(2, 7),
-            "trains_longer_than": range(400, 2050, 25),
+            "trains_longer_than": range(600, 1475, 25),
         }[family.name]
         if family.name == "worst_days":  # the train is what is new there
             return [{"n": str(n)} for n in numbers]
@@ -154,7 +168,8 @@ def slot_values(name: str, family: Family, held_out: bool) -> list[dict[str, str
             {"n": str(n)} for i, n in enumerate(numbers) if (i % 4 == 3) == held_out
         ]
     if name == "p":
-        return [{"p": str(p)} for p in range(30, 150) if (p % 4 == 3) == held_out]
+        # below 130 euros every rider is a regular, and the price would not matter
+        return [{"p": str(p)} for p in range(130, 148) if (p % 4 == 3) == held_out]
     if name == "f":  # the trip is what is new there
         return [{"f": dish} for dish in DISHES]
     items = {"t": TRAINS, "c": CITIES, "r": RIDERS}[name]
@@ -162,16 +177,15 @@ def slot_values(name: str, family: Family, held_out: bool) -> list[dict[str, str
 
 
 def fillings(family: Family, held_out: bool) -> list[dict[str, str]]:
-    """Every combination of values for a family's slots, as text for question and SQL."""
+    """Every combination of values for a family's slots, as text."""
     slots = sorted(set(re.findall(r"{(\w)(?:_iso)?}", family.sql)))
     if "d" in slots:  # a day on which that train left: others have no answer
-        filled = []
-        for number, train, day, _, _ in table_rows(1)["trip"]:
-            date = datetime.date.fromisoformat(day)
-            words = f"{date.day} {date.strftime('%B %Y')}"
-            if (number % 4 == 0) == held_out:
-                filled.append({"t": train, "d": words, "d_iso": day})
-        return filled
+        trains = split(TRAINS, held_out) if "t" in slots else TRAINS
+        return [
+            {"t": train, "d": f"{day.day} {day:%B %Y}", "d_iso": day.isoformat()}
+            for day, train in calendar()
+            if train in trains and (day.toordinal() % 4 == 0) == held_out
+        ]
     options = [slot_values(slot, family, held_out) for slot in slots]
     return [
         {key: text for part in parts for key, text in part.items()}
@@ -182,7 +196,7 @@ def fillings(family: Family, held_out: bool) -> list[dict[str, str]]:
 def records_of(
     family: Family, wordings: list[str], held_out: bool, databases: list
 ) -> list[dict]:
-    """Every record of a family in these wordings that all databases have an answer to."""
+    """Every record of a family in these wordings that all databases can answer."""
     records = []
     for filled in fillings(family, held_out):
         sql = family.sql.format(**filled)
@@ -204,7 +218,7 @@ def records_of(
 
 
 def balanced(groups: list[list[dict]], total: int, rng: random.Random) -> list[dict]:
-    """`total` records, as many of each group as it has and fairness allows, shuffled."""
+    """`total` records in random order, as evenly from the groups as they allow."""
     groups = sorted((pick(rng, group, len(group)) for group in groups), key=len)
     chosen = []
     for place, group in enumerate(groups):
@@ -216,7 +230,7 @@ def balanced(groups: list[list[dict]], total: int, rng: random.Random) -> list[d
 
 
 def splits() -> dict[str, list[dict]]:
-    """All records: train, validation, and the tests values, phrasing and composition."""
+    """All records: train, validation, values, phrasing and composition."""
     rng = random.Random(SEED)
     databases = [sqlite3.connect(":memory:") for _ in DATABASES]
     for seed, database in zip(DATABASES, databases, strict=True):

@@ -1,0 +1,64 @@
+"""Run the notebooks as they stand and record their seconds and memory.
+
+    python benchmarks/notebooks.py [cap in GiB]
+
+Adds this machine's rows to data/measured/notebooks.json. With a cap, torch may not take
+more GPU memory than that: the profile of a T4 (QLORA_PROFILE=fp16) under 15 GiB.
+"""
+
+import json
+import sys
+import time
+
+import nbformat
+
+from qlora_helpers import course, env, recorded
+
+CAP = """import torch
+whole = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction({cap} * 2**30 / whole)"""
+PEAKS = """import json, resource, torch
+gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([ram, gpu]))"""
+
+
+def measure(path, cap: float | None) -> dict:
+    """One row: a notebook's seconds, peak resident memory, and GPU memory reserved."""
+    machine = env.profile()
+    notebook = nbformat.read(path, as_version=4)
+    if cap:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(CAP.format(cap=cap)))
+    notebook.cells.append(nbformat.v4.new_code_cell(PEAKS))
+    start = time.monotonic()
+    done = course.execute(path, notebook)
+    ram, gpu = json.loads(done.cells[-1].outputs[-1]["text"])
+    dtype = str(machine.compute_dtype).removeprefix("torch.")
+    return {
+        "notebook": path.stem,
+        "machine": "two CPU cores" if machine.use_cpu else recorded.facts()["gpu"],
+        "computes_in": dtype,
+        "cap_gib": cap,
+        "seconds": round(time.monotonic() - start),
+        "peak_ram_gib": round(ram / env.GIB, 2),
+        "peak_gpu_gib": round(gpu / env.GIB, 2),
+        "facts": recorded.facts(),
+    }
+
+
+def main(cap: float | None) -> None:
+    for path in course.find():
+        row = measure(path, cap)
+        print({key: value for key, value in row.items() if key != "facts"}, flush=True)
+        try:
+            rows = recorded.read("notebooks")["rows"]
+        except FileNotFoundError:
+            rows = []
+        same = ("notebook", "machine", "computes_in", "cap_gib")
+        rows = [old for old in rows if any(old[key] != row[key] for key in same)]
+        rows = sorted([*rows, row], key=lambda r: [str(r[key]) for key in same])
+        recorded.write("notebooks", recorded.facts(), rows)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]) if sys.argv[1:] else None)

@@ -1,0 +1,94 @@
+"""Train and judge the recipe of notebook 06 over seeds, beside other choices.
+
+    python benchmarks/recipe.py [workers]
+
+Writes data/measured/recipe.json. The embedded Llama, on whatever machine this is; with
+several workers, one GPU serves several runs at once (accuracies, no timings).
+"""
+
+import concurrent.futures
+import multiprocessing
+import sys
+
+from peft import get_peft_model
+
+from qlora_helpers import env, evaluate, models, recorded, records, sql, train
+
+STEPS, BATCH, LEARNING_RATE = 100, 8, 2e-3  # notebook 06's
+TESTS = ("values", "phrasing", "composition")
+EXAMPLES = 6  # solved questions in the prompt of the base model
+
+RUNS = {  # name: (kind, seed, steps, batch, sampling)
+    "base model, asked as it is": ("base", 0, 0, 0, ""),
+    "base model, six examples in prompt": ("examples", 0, 0, 0, ""),
+    "recipe, seed 0": ("train", 0, STEPS, BATCH, "random"),
+    "recipe, seed 1": ("train", 1, STEPS, BATCH, "random"),
+    "recipe, seed 2": ("train", 2, STEPS, BATCH, "random"),
+    "batch 16, half the steps": ("train", 0, STEPS // 2, 2 * BATCH, "random"),
+    "rows grouped by length": ("train", 0, STEPS, BATCH, "group_by_length"),
+}
+
+
+def with_examples(record: dict, tokenizer) -> str:
+    """A prompt that first solves six training questions of different families."""
+    chosen, seen = [], set()
+    for example in records.load("train"):
+        if example["family"] not in seen and len(chosen) < EXAMPLES:
+            seen.add(example["family"])
+            chosen.append(example)
+    chat = records.messages(record)[:1]
+    for example in chosen:
+        chat += records.messages(example)[1:]
+        chat.append({"role": "assistant", "content": example["output"]})
+    chat += records.messages(record)[1:]
+    return tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
+
+
+def run(name: str) -> dict:
+    """One row: the run's name, its accuracy on each test set, its tokens."""
+    kind, seed, steps, batch, sampling = RUNS[name]
+    machine = env.profile()
+    env.quiet()
+    model, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
+    databases = [sql.open_database(text) for text in records.database_scripts()]
+    row = {"run": name, "seed": seed, "steps": steps, "batch": batch, "tokens": 0}
+    if kind == "train":
+        model = get_peft_model(model, train.lora_config())
+        dataset = records.to_prompt_completion(records.load("train"), tokenizer)
+        folder = str(env.cache_dir() / f"benchmark_{abs(hash(name))}")
+        settings = train.sft_config(machine, folder, steps, batch, LEARNING_RATE)
+        settings.seed = seed
+        settings.train_sampling_strategy = sampling
+        trainer = train.build_trainer(model, tokenizer, dataset, settings)
+        trainer.train()
+        row["tokens"] = int(trainer.state.log_history[-2]["num_tokens"])
+    for test in TESTS:
+        questions = records.load(test)
+        if kind == "examples":
+            prompts = [with_examples(question, tokenizer) for question in questions]
+            answers = evaluate.generate_answers(model, tokenizer, prompts)
+            right = [
+                sql.judge(sql.extract_sql(text), question, databases).right
+                for (text, _), question in zip(answers, questions, strict=True)
+            ]
+            found = evaluate.bootstrap_interval(right)
+        else:
+            judged = evaluate.execution_accuracy(model, tokenizer, questions, databases)
+            found = judged[:3]
+        for field, value in zip(("", "low_", "high_"), found, strict=True):
+            row[f"{test}_{field}percent"] = round(100 * value, 1)
+    print(row, flush=True)
+    return row
+
+
+def main(workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        rows = list(pool.map(run, RUNS))
+    print(recorded.write("recipe", recorded.facts(), rows))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if sys.argv[1:] else 1)

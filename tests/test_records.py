@@ -1,0 +1,207 @@
+"""Records to prompt and completion: errors by row, layouts, and the loss mask."""
+
+import copy
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from qlora_helpers import env, models, records
+from qlora_helpers.embedded import embedded_dir
+
+ALPACA = [
+    {
+        "instruction": "Name the odd one out.",
+        "input": "owl, raven, trout",
+        "output": "trout",
+        "text": "tatsu-lab/alpaca has a fourth column",
+    },
+    {
+        "instruction": "Greet the reader.",
+        "input": "",
+        "output": "Good evening.",
+        "text": "",
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """The embedded Llama's tokenizer, with its chat template."""
+    return AutoTokenizer.from_pretrained(embedded_dir())
+
+
+@pytest.fixture(scope="module")
+def bare(chat):
+    """The same, as a base model has it: without a template."""
+    tokenizer = copy.deepcopy(chat)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("split", records.SPLITS)
+def test_each_split_loads_and_can_be_trained_on(split):
+    loaded = records.load(split)
+    assert loaded
+    for row, record in enumerate(loaded):
+        records.check(record, row)
+        assert set(record) == {*records.COLUMNS, "family", "rule", "ordered"}
+
+
+def test_an_unknown_split_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match="'test'.*train, validation, values"):
+        records.load("test")
+
+
+def test_three_databases_with_the_same_tables_and_other_rows():
+    scripts = records.database_scripts()
+    assert len(set(scripts)) == 3
+    assert len({script.split("INSERT")[0] for script in scripts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"output": ...}, "row 2 has no column 'output', only .*'input'.*rename"),
+        ({"instruction": ...}, "row 2 has no column 'instruction'"),
+        ({"output": ""}, "row 2: output is empty"),
+        ({"output": " \n"}, "row 2: output is empty"),
+        ({"output": None}, "row 2: output is empty"),
+        ({"instruction": "  "}, "row 2: instruction is empty"),
+        ({"output": 7}, r"row 2: output is 7 \(int\), expected text"),
+        ({"instruction": ["a"]}, r"row 2: instruction is \['a'\] \(list\)"),
+        ({"input": 3.5}, r"row 2: input is 3.5 \(float\)"),
+    ],
+)
+def test_a_record_that_cannot_be_trained_on_is_named(changed, message, chat, bare):
+    broken = {k: v for k, v in (ALPACA[0] | changed).items() if v is not ...}
+    for tokenizer in (chat, bare):
+        with pytest.raises(ValueError, match=message):
+            records.to_prompt_completion([*ALPACA, broken], tokenizer)
+
+
+def test_what_is_no_dict_is_named(chat):
+    with pytest.raises(
+        ValueError, match="row 1 is 'text': expected a dict with .*'instruction'"
+    ):
+        records.to_prompt_completion([ALPACA[0], "text"], chat)
+
+
+@pytest.mark.parametrize("given", [{"input": None}, {"input": " "}, {}])
+def test_an_input_may_be_none_blank_or_absent(given, chat, bare):
+    plain = {"instruction": "Greet the reader.", "output": "Good evening."}
+    for tokenizer in (chat, bare):
+        made = records.to_prompt_completion([plain | given], tokenizer, system=None)
+        empty = records.to_prompt_completion(ALPACA[1:], tokenizer, system=None)
+        assert made.to_list() == empty.to_list()
+
+
+@pytest.mark.parametrize("layout", ["chat", "bare"])
+def test_records_over_the_limit_are_counted_named_and_left_out(layout, request):
+    tokenizer = request.getfixturevalue(layout)
+    long = ALPACA[0] | {"output": "trout " * 100}
+    given = [ALPACA[0], long, ALPACA[1], long]
+    with pytest.warns(UserWarning, match=r"2 of 4 .*max_length=90.*\(rows 1, 3\)"):
+        made = records.to_prompt_completion(given, tokenizer, max_length=90)
+    kept = records.to_prompt_completion([ALPACA[0], ALPACA[1]], tokenizer)
+    assert made.to_list() == kept.to_list()
+    with pytest.warns(UserWarning, match=r"7 of 8 .*\(rows 0, 1, 2, 3, 4 …\)"):
+        records.to_prompt_completion([long] * 7 + ALPACA[:1], tokenizer, 90)
+
+
+def test_the_limit_is_the_length_of_the_whole_example(chat, recwarn):
+    [record] = records.load("train")[:1]
+    whole = records.messages(record)
+    whole.append({"role": "assistant", "content": record["output"]})
+    length = len(chat(chat.apply_chat_template(whole, tokenize=False)).input_ids)
+    assert len(records.to_prompt_completion([record], chat, max_length=length)) == 1
+    assert not [w for w in recwarn if "longer than" in str(w.message)]
+    with (
+        pytest.warns(UserWarning, match="1 of 1"),
+        pytest.raises(ValueError, match=f"all 1 are .*max_length={length - 1}"),
+    ):
+        records.to_prompt_completion([record], chat, max_length=length - 1)
+
+
+def test_no_records_at_all_is_an_error(chat):
+    with pytest.raises(ValueError, match="list is empty"):
+        records.to_prompt_completion([], chat)
+
+
+def test_alpaca_through_the_chat_template(chat):
+    with_input, without = records.to_prompt_completion(ALPACA, chat, system="Be brief.")
+    assert with_input["prompt"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Name the odd one out.\n\nowl, raven, trout"},
+    ]
+    assert with_input["completion"] == [{"role": "assistant", "content": "trout"}]
+    assert without["prompt"][1]["content"] == "Greet the reader."
+
+
+def test_alpaca_through_the_instruction_layout(bare):
+    with_input, without = records.to_prompt_completion(ALPACA, bare)
+    assert with_input == {
+        "prompt": "### Instruction:\nName the odd one out.\n\n"
+        "### Input:\nowl, raven, trout\n\n### Response:\n",
+        "completion": "trout",
+    }
+    assert without["prompt"] == (
+        "### Instruction:\nGreet the reader.\n\n### Response:\n"
+    )
+    assert without["prompt"] == records.prompt(ALPACA[1], bare)
+
+
+def test_a_dataset_of_the_hub_gives_what_a_list_gives(chat):
+    made = records.to_prompt_completion(Dataset.from_list(ALPACA), chat)
+    assert made.column_names == ["prompt", "completion"]
+    assert made.to_list() == records.to_prompt_completion(ALPACA, chat).to_list()
+
+
+@pytest.mark.parametrize("given", [ALPACA, records.load("composition")[:10]])
+def test_the_prompt_is_the_beginning_of_the_whole_example(given, chat):
+    for record in given:
+        asked = records.prompt(record, chat)
+        turns = records.messages(record)
+        turns.append({"role": "assistant", "content": record["output"]})
+        whole = chat.apply_chat_template(turns, tokenize=False)
+        assert whole.removeprefix(asked) == f"{record['output']}<|im_end|>\n"
+        ids, all_ids = chat(asked).input_ids, chat(whole).input_ids
+        assert all_ids[: len(ids)] == ids  # no token spans the two
+
+
+def test_the_only_system_message_is_ours(chat):
+    asked = records.prompt(ALPACA[0], chat)
+    assert asked.count("<|im_start|>system") == 1
+    assert f"<|im_start|>system\n{records.SYSTEM}<|im_end|>" in asked
+    assert "SmolLM" not in asked
+    # without one, the template adds its own: this is why ours is always there
+    assert "SmolLM" in records.prompt(ALPACA[0], chat, system=None)
+
+
+@pytest.mark.parametrize(("layout", "end"), [("chat", "\n"), ("bare", "")])
+def test_the_loss_is_on_the_answer_and_its_end_alone(layout, end, request, tmp_path):
+    tokenizer = request.getfixturevalue(layout)
+    given = [*ALPACA, *records.load("validation")[:4]]
+    machine = env.profile()
+    trainer = SFTTrainer(
+        model=models.random_llama("tiny"),
+        args=SFTConfig(
+            output_dir=str(tmp_path), report_to="none", completion_only_loss=True,
+            use_cpu=machine.use_cpu, fp16=machine.fp16, bf16=machine.bf16,
+        ),
+        train_dataset=records.to_prompt_completion(given, tokenizer),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert batch["labels"].shape == batch["input_ids"].shape
+    rows = zip(given, batch["input_ids"], batch["labels"], strict=True)
+    for record, ids, labels in rows:
+        learned = labels != -100
+        assert (labels[learned] == ids[learned]).all()
+        # the chat template closes each turn by a new line, and TRL counts it in
+        assert (
+            tokenizer.decode(labels[learned]) == record["output"] + "<|im_end|>" + end
+        )
+        first = learned.nonzero()[0].item()
+        assert tokenizer.decode(ids[:first]) == records.prompt(record, tokenizer)
