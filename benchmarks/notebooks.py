@@ -1,13 +1,13 @@
 """Run the notebooks as they stand and record their seconds and memory.
 
-    python benchmarks/notebooks.py [cap in GiB]
+    python benchmarks/notebooks.py [--cap-gib 15] [06 ...]
 
 Adds this machine's rows to data/measured/notebooks.json. With a cap, torch may not take
 more GPU memory than that: the profile of a T4 (QLORA_PROFILE=fp16) under 15 GiB.
 """
 
+import argparse
 import json
-import sys
 import time
 
 import nbformat
@@ -46,8 +46,8 @@ def measure(path, cap: float | None) -> dict:
     }
 
 
-def main(cap: float | None) -> None:
-    for path in course.find():
+def main(names: list[str], cap: float | None) -> None:
+    for path in course.find(names):
         row = measure(path, cap)
         print({key: value for key, value in row.items() if key != "facts"}, flush=True)
         try:
@@ -61,4 +61,8 @@ def main(cap: float | None) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if sys.argv[1:] else None)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="such as 06; left out: all")
+    parser.add_argument("--cap-gib", type=float)
+    given = parser.parse_args()
+    main(given.names, given.cap_gib)

@@ -60,7 +60,7 @@ def check(record: dict, row: int) -> None:
             )
         if value is not None and not isinstance(value, str):
             raise ValueError(
-                f"row {row}: {column} is {value!r} ({type(value).__name__}), expected text"
+                f"row {row}: {column} is {value!r} ({type(value).__name__}), not text"
             )
         if column != "input" and not (value or "").strip():
             raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
@@ -107,8 +107,8 @@ def to_prompt_completion(
 
     `records` is a list of dicts or a Dataset with Alpaca's columns. With a chat
     template both columns hold messages, and TRL renders them; else they hold text, and
-    TRL adds the end token. Records over `max_length` tokens are left out, with a warning that
-    counts them and names the rows: cut off, they would teach the model to stop early.
+    TRL adds the end token. Records over `max_length` tokens are left out, with a
+    warning that counts them and names the rows: cut off, they teach to stop early.
 
     Raises ValueError naming the row for a record that cannot be trained on, and where
     none is left.

@@ -195,7 +195,8 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> pathlib.Pa
         state = {n: p.to(dtype) for n, p in model.state_dict().items() if "lora_" in n}
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         made = pathlib.Path(beside) / "adapter"
-        model.save_pretrained(made, state_dict=state)
+        # no look-up of the base's vocabulary on the Hub: it was not touched
+        model.save_pretrained(made, state_dict=state, save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         (made / "README.md").unlink(missing_ok=True)  # an empty model card
