@@ -1,6 +1,6 @@
 """For authors: run the course, record its outputs, build the learner's face.
 
-Use: python -m qlora_helpers.course outputs|learner|run|links|fetch [NOTEBOOK ...]
+Use: python -m qlora_helpers.course outputs|learner|run|stamp|fetch [NOTEBOOK ...]
 """
 
 import argparse
@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from qlora_helpers import env
+from qlora_helpers import env, recorded
 
 NOTEBOOKS = env.ROOT / "notebooks"
 LEARNER = env.ROOT / "my_course"
@@ -203,11 +203,12 @@ def learner(folder=NOTEBOOKS, target=LEARNER) -> None:
         print(f"{copy.name}: ready in {target.name}")
 
 
-def links(folder=NOTEBOOKS, address=None) -> None:
-    """Stamp the repository's public address, or its absence, into every notebook.
+def stamp(folder=NOTEBOOKS, address=None) -> None:
+    """Stamp what is known elsewhere into every notebook: its address and its cost.
 
-    The one place is `[project.urls] Repository` in pyproject.toml. Stamped are a Colab
-    link in the first cell (none without an address) and REPOSITORY in the set-up cell.
+    The public address has one place, `[project.urls] Repository` in pyproject.toml. It
+    gives a Colab link in the first cell (none without an address) and REPOSITORY in the
+    set-up cell. Seconds and memory come from data/measured/notebooks.json.
     """
     if address is None:
         text = (env.ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -215,6 +216,7 @@ def links(folder=NOTEBOOKS, address=None) -> None:
     for path in find(folder=folder):
         notebook = nbformat.read(path, as_version=4)
         first = notebook.cells[0]
+        first.source = cost(first.source, path.stem)
         first.source = re.sub(r"\n*\[Open in Colab\]\(.*\)$", "", first.source)
         if address:
             where = address.rstrip("/").removeprefix("https://")
@@ -231,6 +233,32 @@ def links(folder=NOTEBOOKS, address=None) -> None:
                 if "source_sha256" in cell.metadata:
                     cell.metadata["source_sha256"] = source_hash(cell.source)
         _write(path, nbformat.writes(notebook))
+
+
+def cost(header, stem) -> str:
+    """A header with its **Time** and **Needs** completed by what was measured."""
+    rows = [r for r in recorded.read("notebooks")["rows"] if r["notebook"] == stem]
+
+    def where(row):
+        cap = f" held to {row['cap_gib']:.0f} GiB" if row["cap_gib"] else ""
+        return f"{row['machine']}{cap} in {row['computes_in']}"
+
+    ran = "; ".join(f"{r['seconds'] / 60:.1f} min on {where(r)}" for r in rows)
+    took = "; ".join(
+        f"{r['peak_gpu_gib']:.1f} GiB of GPU memory on {where(r)}"
+        if r["peak_gpu_gib"]
+        else f"{r['peak_ram_gib']:.1f} GiB on {where(r)}"
+        for r in rows
+    )
+    known = (("Time", "(an estimate)", ran), ("Needs", "of memory", took))
+    for part, end, measured in known:
+        text = f", measured: {measured}." if rows else "; running it was not measured."
+        header = re.sub(
+            rf"(?m)^(\*\*{part}\*\*: .*?{re.escape(end)}).*$",
+            lambda found, text=text: found[1] + text,
+            header,
+        )
+    return header
 
 
 def fetch() -> None:
@@ -281,7 +309,7 @@ def main(arguments=None) -> int:
     """The command line; 1 if a notebook failed, 2 for a wrong name."""
     parser = argparse.ArgumentParser(prog="python -m qlora_helpers.course")
     parser.add_argument(
-        "command", choices=["outputs", "learner", "run", "links", "fetch"]
+        "command", choices=["outputs", "learner", "run", "stamp", "fetch"]
     )
     parser.add_argument("notebooks", nargs="*", help="such as 06; default: all")
     given = parser.parse_args(arguments)
@@ -289,7 +317,7 @@ def main(arguments=None) -> int:
         if given.command in ("outputs", "run"):
             {"outputs": outputs, "run": run}[given.command](given.notebooks)
         else:
-            {"learner": learner, "links": links, "fetch": fetch}[given.command]()
+            {"learner": learner, "stamp": stamp, "fetch": fetch}[given.command]()
     except (CellExecutionError, DeadKernelError) as error:
         print(re.sub(r"\x1b\[[0-9;]*m", "", str(error)), file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ import torch
 
 GIB = 2**30
 ROOT = pathlib.Path(__file__).resolve().parents[1]  # the repository
+UNGATED = "HuggingFaceTB/SmolLM2-1.7B-Instruct"  # a GPU needs a larger Llama
 CGROUP = pathlib.Path("/sys/fs/cgroup")  # where Linux keeps a container's limits
 
 LEAST_RAM_GIB = 6  # the course takes at most 4; the rest is the system and a browser
@@ -91,7 +92,7 @@ def profile(force: str | None = None) -> Profile:
         bf16=dtype == torch.bfloat16,
         use_cpu=not gpu,
         checkpointing=gpu,  # on a CPU time is short, not memory
-        base="HuggingFaceTB/SmolLM2-1.7B-Instruct" if gpu else "embedded",
+        base=os.environ.get("QLORA_BASE") or (UNGATED if gpu else "embedded"),
     )
 
 

@@ -208,13 +208,13 @@ def test_what_is_no_notebook_is_kept_too(text, folder, tmp_path):
     assert mine.read_text(encoding="utf-8") == text
 
 
-def test_links_are_stamped_moved_and_removed(folder):
+def test_addresses_are_stamped_moved_and_removed(folder):
     path = folder / "00_first.ipynb"
     write(folder, path.name, "# 00 First", ('REPOSITORY = ""\nprint(1)', "setup"))
     course.outputs(["00"], folder)
     plain = path.read_bytes()
     for address in ("https://github.com/old/place", "https://github.com/new/place"):
-        course.links(folder, address)
+        course.stamp(folder, address)
         first, setup = read(path).cells
         assert first.source == (
             "# 00 First\n\n[Open in Colab](https://colab.research.google.com/github/"
@@ -222,7 +222,7 @@ def test_links_are_stamped_moved_and_removed(folder):
         )
         assert setup.source == f'REPOSITORY = "{address}"\nprint(1)'
         assert list(rules.hashes(read(path), path)) == []
-    course.links(folder, "")
+    course.stamp(folder, "")
     assert path.read_bytes() == plain
 
 

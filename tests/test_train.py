@@ -1,0 +1,240 @@
+"""The recipe: what it sets, what it refuses, what it saves."""
+
+import ast
+import json
+
+import nbformat
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+from qlora_helpers import (
+    course,
+    embedded,
+    env,
+    exercises,
+    memory,
+    models,
+    recorded,
+    records,
+    train,
+)
+
+WRITTEN_OUT = ("nf4_config", "lora_config", "sft_config", "build_trainer")
+BASE = {"name": "tiny", "revision": None, "weights_sha256": "0" * 64}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(embedded.embedded_dir())
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    base = models.random_llama("tiny", train.nf4_config(env.profile()))
+    return get_peft_model(base, train.lora_config(r=4, alpha=8))
+
+
+@pytest.fixture
+def trainer(model, tokenizer, tmp_path):
+    dataset = records.to_prompt_completion(records.load("train")[:32], tokenizer)
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 4, 4, 1e-2)
+    return train.build_trainer(model, tokenizer, dataset, settings)
+
+
+def functions(source):
+    """Each function of a source as text, without docstrings and comments."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                del node.body[0]
+            found[node.name] = ast.unparse(node)
+    return found
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_the_notebook_writes_out_what_the_package_does(name):
+    [path] = course.find(["06"])
+    cells = nbformat.read(path, as_version=4).cells
+    shown = functions("\n".join(c.source for c in cells if c.cell_type == "code"))
+    package = functions((env.ROOT / "qlora_helpers" / "train.py").read_text("utf-8"))
+    assert shown[name] == package[name]
+
+
+def test_training_lowers_the_loss_and_moves_adapters_alone(trainer):
+    train.check_effective(trainer, env.profile())
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert losses[-1] < losses[0]
+    for name, parameter in trainer.model.named_parameters():
+        same = torch.equal(frozen[name], parameter)
+        assert same != ("lora_B" in name), name
+        assert same or "lora_" in name, name
+
+
+def test_adapters_are_fp32_after_trl_cast_them(trainer):
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "fault, named",
+    [
+        (lambda t: setattr(t.args, "optim", "sgd"), "optimizer"),
+        (lambda t: setattr(t.args, "fp16", True), "mixed precision"),
+        (
+            lambda t: [p.requires_grad_() for p in t.model.parameters() if p.ndim == 1],
+            "only adapters train",
+        ),
+        (
+            lambda t: [
+                setattr(p, "data", p.data.bfloat16())
+                for p in t.model.parameters()
+                if p.requires_grad
+            ],
+            "adapters are fp32",
+        ),
+    ],
+)
+def test_drift_of_a_setting_is_named(trainer, fault, named):
+    fault(trainer)
+    with pytest.raises(RuntimeError, match=named):
+        train.check_effective(trainer, env.profile())
+
+
+def test_fp4_is_noticed(model, trainer):
+    for module in model.modules():
+        if isinstance(module, train.Linear4bit):
+            module.weight.quant_type = "fp4"
+    with pytest.raises(RuntimeError, match="NF4"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_a_loss_of_nan_stops_with_advice():
+    live = train.LiveLoss()
+    live.bar = train.tqdm(total=1, disable=True)
+    state = type("State", (), {"global_step": 3, "max_steps": 4})()
+    with pytest.raises(FloatingPointError, match="step 3.*learning_rate"):
+        live.on_log(None, state, None, logs={"loss": "nan"})
+
+
+def test_a_saved_adapter_answers_the_same_on_a_fresh_base(trainer, tokenizer, tmp_path):
+    trainer.train()
+    model, ids = trainer.model.eval(), torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    saved = train.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
+    names = {file.name for file in saved.iterdir()}
+    assert {"adapter_model.safetensors", "base.json", "tokenizer.json"} <= names
+    assert not any(name.endswith((".bin", ".pt")) for name in names)
+    config = json.loads((saved / "adapter_config.json").read_text("utf-8"))
+    assert config["base_model_name_or_path"] == "tiny"
+    fresh = models.random_llama("tiny", train.nf4_config(env.profile()))
+    loaded = train.load_adapter(fresh, saved, BASE).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, before)
+    assert list(tmp_path.glob("tmp*")) == []
+
+
+def test_an_adapter_is_refused_on_another_base(trainer, tokenizer, tmp_path):
+    saved = train.save_adapter(trainer.model, tokenizer, tmp_path / "adapter", BASE)
+    other = BASE | {"weights_sha256": "1" * 64}
+    with pytest.raises(ValueError, match="weights_sha256"):
+        train.load_adapter(trainer.model, saved, other)
+    with pytest.raises(FileNotFoundError, match="no adapter"):
+        train.load_adapter(trainer.model, tmp_path, BASE)
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(trainer, tmp_path, monkeypatch):
+    saved = train.save_adapter(trainer.model, None, tmp_path / "adapter", BASE)
+    before = (saved / "adapter_model.safetensors").read_bytes()
+
+    def stopped(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.json, "dumps", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.save_adapter(trainer.model, None, tmp_path / "adapter", BASE)
+    assert (saved / "adapter_model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == [
+        "adapter"
+    ]
+
+
+def test_state_is_counted_to_the_byte(trainer):
+    trainer.train()
+    kept = memory.state_bytes(trainer.model, trainer.optimizer)
+    trained = trainer.model.get_nb_trainable_parameters()[0]
+    assert kept["adapters"] == kept["gradients"] == 4 * trained
+    # two averages in fp32, and a step counter of 4 bytes for each tensor
+    tensors = sum(p.requires_grad for p in trainer.model.parameters())
+    assert kept["optimizer"] == 8 * trained + 4 * tensors
+
+
+def test_peak_sees_what_was_held():
+    with memory.peak() as small:
+        pass
+    with memory.peak() as large:
+        held = torch.ones(300 * 2**20 // 4)
+        for _ in range(3):
+            held.add_(1)
+            torch.ones(2**22).sort()
+    assert large["bytes"] - small["bytes"] > 250 * 2**20
+
+
+# ---- the committed adapter, and what was recorded
+
+
+def test_the_committed_adapter_is_whole_and_fits_the_base():
+    folder = env.path("data/adapter")
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 10_000_000
+    identity = models.base_identity(models.EMBEDDED)
+    model, _ = models.load_base(models.EMBEDDED, train.nf4_config(env.profile()))
+    loaded = train.load_adapter(model, folder, identity)
+    changed = [p for n, p in loaded.named_parameters() if "lora_B" in n]
+    assert len(changed) == 7 * 30 and all(p.abs().max() > 0 for p in changed)
+    facts = json.loads((folder / "training.json").read_text("utf-8"))
+    assert facts["accuracy"]["values_percent"][0] >= 75
+    assert facts["accuracy"]["phrasing_percent"][0] >= 55
+
+
+def test_the_recipe_meets_its_bars_on_three_recorded_seeds():
+    rows = {row["run"]: row for row in recorded.read("recipe")["rows"]}
+    for seed in (0, 1, 2):
+        row = rows[f"recipe, seed {seed}"]
+        assert row["values_percent"] >= 75 and row["phrasing_percent"] >= 55
+        assert row["tokens"] <= 60_000
+    assert rows["base model, asked as it is"]["phrasing_percent"] <= 10
+
+
+@pytest.mark.parametrize("path", course.find(), ids=lambda path: path.stem)
+def test_headers_say_what_was_measured(path):
+    header = nbformat.read(path, as_version=4).cells[0].source
+    assert header == course.cost(header, path.stem), "run: course stamp"
+    assert ", measured: " in header
+
+
+# ---- exercises: a wrong answer is told from a right one
+
+
+@pytest.mark.parametrize(
+    "check, wrong",
+    [
+        (exercises.check_long_haul, lambda city: "SELECT train FROM train"),
+        (exercises.check_long_haul, lambda city: "SELECT nothing"),
+        (exercises.check_prompt, lambda system, question: system + question),
+        (exercises.check_lora_parameters, lambda r, h, i, k, n: r * h * n),
+        (exercises.check_loss_mask, lambda prompt, ids: ids),
+        (exercises.check_learning_rate, lambda step, steps, warmup, peak: peak),
+        (exercises.check_learning_rate, lambda *given: 1 / 0),
+    ],
+)
+def test_a_wrong_answer_is_told_and_stops_nothing(check, wrong, capsys):
+    assert check(wrong) is False
+    said = capsys.readouterr().out
+    assert "not yet" in said and ("yours" in said or "raises" in said)
+    assert len(said.splitlines()) == 1
