@@ -69,7 +69,7 @@ def test_three_databases_with_the_same_tables_and_other_rows():
         ({"output": " \n"}, "row 2: output is empty"),
         ({"output": None}, "row 2: output is empty"),
         ({"instruction": "  "}, "row 2: instruction is empty"),
-        ({"output": 7}, r"row 2: output is 7 \(int\), expected text"),
+        ({"output": 7}, r"row 2: output is 7 \(int\), not text"),
         ({"instruction": ["a"]}, r"row 2: instruction is \['a'\] \(list\)"),
         ({"input": 3.5}, r"row 2: input is 3.5 \(float\)"),
     ],

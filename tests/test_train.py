@@ -72,8 +72,7 @@ def test_training_lowers_the_loss_and_moves_adapters_alone(trainer):
     assert losses[-1] < losses[0]
     for name, parameter in trainer.model.named_parameters():
         same = torch.equal(frozen[name], parameter)
-        assert same != ("lora_B" in name), name
-        assert same or "lora_" in name, name
+        assert same != ("lora_" in name), name
 
 
 def test_adapters_are_fp32_after_trl_cast_them(trainer):
