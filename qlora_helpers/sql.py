@@ -153,9 +153,15 @@ def run_sql(sql, database, max_rows=1000, max_seconds=5.0):
         database.set_authorizer(_allow)
         database.set_progress_handler(over_the_limit, CHECK_EVERY)
         columns = [column[0] for column in cursor.execute(sql).description]
-        rows = cursor.fetchmany(max_rows + 1)
-        if len(rows) > max_rows:
-            return Result([], [], f"more than {max_rows:,} rows")
+        rows, held = [], 0
+        for row in cursor:
+            # counted, too: memory that was free already makes no process grow
+            held += sum(len(cell) for cell in row if isinstance(cell, str | bytes))
+            if held > MAX_MEMORY:
+                return Result([], [], f"more than {MAX_MEMORY // 2**20} MiB of rows")
+            if len(rows) == max_rows:
+                return Result([], [], f"more than {max_rows:,} rows")
+            rows.append(row)
         return Result(columns, rows, None)
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
         return Result([], [], stopped_by or str(error) or type(error).__name__)
