@@ -285,7 +285,7 @@ BAD = [
     ("links", source(13, "01_sum.ipynb", "01_sum.ipynb#no-such-heading")),
     ("links", source(13, "[The first again]", "![]")),
     ("private", added('open("/home/someone/x")')),
-    ("private", output(7, output_type="stream", name="stdout", text="/root/x")),
+    ("private", output(7, output_type="stream", name="stdout", text="/home/x")),
     ("private", added("token = 'hf_" + "a" * 30 + "'")),
     ("private", added(f"# from {rules.REGISTRIES[0]}")),
 ]
