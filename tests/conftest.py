@@ -82,6 +82,9 @@ def get_message(kernel, stream, timeout=None):
 def compare_outputs(cell, test, ref, skip_compare=None):
     """nbval's comparison without progress bars, which are not stored either."""
     test = [output for output in test if WIDGET not in output.get("data", {})]
+    if cell.cell.source.rstrip().endswith(";"):
+        # the ";" hides a value by the history, and nbval's kernels keep none
+        test = [out for out in test if out.get("output_type") != "execute_result"]
     return compare_all(cell, test, ref, skip_compare)
 
 

@@ -18,7 +18,8 @@ print("ready: Python 3.11")
 print(object())
 logging.warning("library chatter")
 bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"}
-display(bar, raw=True)"""
+display(bar, raw=True)
+"a value that is hidden";"""
 
 
 @pytest.fixture(scope="module")
