@@ -7,10 +7,9 @@ import json
 
 import torch
 from peft import get_peft_model
+from recipe import BATCH, LEARNING_RATE, STEPS, TESTS
 
 from qlora_helpers import env, evaluate, models, recorded, records, sql, train
-
-STEPS, BATCH, LEARNING_RATE = 100, 8, 2e-3  # notebook 06's
 
 
 def main() -> None:
@@ -26,7 +25,7 @@ def main() -> None:
     trainer.train()
     databases = [sql.open_database(text) for text in records.database_scripts()]
     accuracy = {}
-    for test in ("values", "phrasing", "composition"):
+    for test in TESTS:
         judged = evaluate.execution_accuracy(
             model, tokenizer, records.load(test), databases
         )

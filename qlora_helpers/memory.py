@@ -22,7 +22,11 @@ def tensor_bytes(parameter: torch.Tensor) -> int:
 
 
 def state_bytes(model, optimizer) -> dict[str, int]:
-    """Bytes that a run keeps from step to step, by kind, counted on its tensors."""
+    """Bytes that a run keeps from step to step, by kind, counted on its tensors.
+
+    Gradients are gone between two steps, so they are not counted but inferred: each
+    trained parameter has one of its own shape and dtype.
+    """
     parameters = list(model.parameters())
     states = [t for s in optimizer.state.values() for t in s.values()]
     return {

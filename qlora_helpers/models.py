@@ -25,9 +25,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from . import env
 from .embedded import MANIFEST, embedded_dir, sha256
+from .env import UNGATED
 
 EMBEDDED = "embedded"
-UNGATED = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 
 
 class KnownModel(NamedTuple):
