@@ -545,6 +545,18 @@ def test_a_pad_token_is_there(tiny_dir, tmp_path, kept):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_questions_in_one_batch_take_one_output_head(tiny_dir):
+    """A batched product would copy it once a row on some CPUs: gigabytes."""
+    model, _ = models.load_base(str(tiny_dir), nf4())
+    model.requires_grad_(False)  # as PEFT does
+    ids = torch.arange(12).view(4, 3)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
+    head = model.get_output_embeddings().weight.shape
+    batched = [e for e in profile.events() if e.name == "aten::bmm"]
+    assert not [e for e in batched if list(head[::-1]) == e.input_shapes[1][1:]]
+
+
 def test_identity_of_a_directory_is_its_weights(tiny_dir, tmp_path):
     mine = models.base_identity(tiny_dir)
     assert mine["name"] == "tiny" and mine["revision"] is None
