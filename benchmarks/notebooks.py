@@ -1,9 +1,10 @@
 """Run the notebooks as they stand and record their seconds and memory.
 
-    python benchmarks/notebooks.py [--cap-gib 15] [06 ...]
+    python benchmarks/notebooks.py [--cap-gib 15] [--outputs] [06 ...]
 
 Adds this machine's rows to data/measured/notebooks.json. With a cap, torch may not take
-more GPU memory than that: the profile of a T4 (QLORA_PROFILE=fp16) under 15 GiB.
+more GPU memory than that: the profile of a T4 (QLORA_PROFILE=fp16) under 15 GiB. With
+--outputs the same execution also gives the notebook its outputs, as `make outputs`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([ram, gpu]))"""
 
 
-def measure(path, cap: float | None) -> dict:
+def measure(path, cap: float | None, outputs: bool) -> dict:
     """One row: a notebook's seconds, peak resident memory, and GPU memory reserved."""
     machine = env.profile()
     notebook = nbformat.read(path, as_version=4)
@@ -32,23 +33,26 @@ def measure(path, cap: float | None) -> dict:
     notebook.cells.append(nbformat.v4.new_code_cell(PEAKS))
     start = time.monotonic()
     done = course.execute(path, notebook)
-    ram, gpu = json.loads(done.cells[-1].outputs[-1]["text"])
+    seconds = round(time.monotonic() - start)
+    ram, gpu = json.loads(done.cells.pop().outputs[-1]["text"])
+    if outputs:
+        course.store(path, done)
     dtype = str(machine.compute_dtype).removeprefix("torch.")
     return {
         "notebook": path.stem,
         "machine": "two CPU cores" if machine.use_cpu else recorded.facts()["gpu"],
         "computes_in": dtype,
         "cap_gib": cap,
-        "seconds": round(time.monotonic() - start),
+        "seconds": seconds,
         "peak_ram_gib": round(ram / env.GIB, 2),
         "peak_gpu_gib": round(gpu / env.GIB, 2),
         "facts": recorded.facts(),
     }
 
 
-def main(names: list[str], cap: float | None) -> None:
+def main(names: list[str], cap: float | None, outputs: bool) -> None:
     for path in course.find(names):
-        row = measure(path, cap)
+        row = measure(path, cap, outputs)
         print({key: value for key, value in row.items() if key != "facts"}, flush=True)
         try:
             rows = recorded.read("notebooks")["rows"]
@@ -64,5 +68,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="such as 06; left out: all")
     parser.add_argument("--cap-gib", type=float)
+    parser.add_argument("--outputs", action="store_true")
     given = parser.parse_args()
-    main(given.names, given.cap_gib)
+    if given.cap_gib and given.outputs:
+        parser.error("--outputs without --cap-gib: the cap is one more cell")
+    main(given.names, given.cap_gib, given.outputs)

@@ -120,11 +120,16 @@ def outputs(names=(), folder=NOTEBOOKS) -> None:
     """
     for path in find(names, folder):
         with _progress(path.stem):
-            notebook = clean(execute(path))
-            for cell in notebook.cells:
-                if cell.cell_type == "code":
-                    cell.metadata["source_sha256"] = source_hash(cell.source)
-            _write(path, nbformat.writes(notebook))
+            store(path, execute(path))
+
+
+def store(path, notebook) -> None:
+    """Replace a notebook by its executed self, each source's hash beside its output."""
+    notebook = clean(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.metadata["source_sha256"] = source_hash(cell.source)
+    _write(path, nbformat.writes(notebook))
 
 
 def run(names=(), folder=NOTEBOOKS, build=BUILD) -> None:

@@ -115,6 +115,16 @@ def paired_interval(before, after, confidence=0.95, seed=0):
     return Interval(mean, low, high)
 
 
+def _as_trained(model):
+    """Autocast a bf16 model on a CPU, as the Trainer does; elsewhere change nothing.
+
+    Its adapters are fp32: left alone, every layer casts its input up and down again.
+    """
+    on_cpu = model.device.type == "cpu"
+    enabled = on_cpu and model.dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+
+
 def generate_answers(
     model, tokenizer, prompts, batch_size=64, max_new_tokens=MAX_NEW_TOKENS
 ):
@@ -147,12 +157,12 @@ def generate_answers(
                 for row, i in enumerate(batch):
                     inputs[row, -len(ids[i]) :] = torch.tensor(ids[i])
                     mask[row, -len(ids[i]) :] = 1
-                # No autocast: bitsandbytes and PEFT cast to their own weights' dtype.
-                output = model.generate(
-                    input_ids=inputs.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    generation_config=greedy,
-                )
+                with _as_trained(model):
+                    output = model.generate(
+                        input_ids=inputs.to(model.device),
+                        attention_mask=mask.to(model.device),
+                        generation_config=greedy,
+                    )
                 for i, row in zip(batch, output.tolist(), strict=True):
                     new = row[inputs.shape[1] :]
                     end = next((n for n, t in enumerate(new) if t in ends), None)
@@ -216,7 +226,8 @@ def perplexity(model, tokenizer, text, block=256):
             for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
                 # (1, block + 1): the first token is context, all others are scored
                 piece = torch.tensor([ids[start : start + block + 1]]).to(model.device)
-                logits = model(input_ids=piece[:, :-1], use_cache=False).logits[0]
+                with _as_trained(model):
+                    logits = model(input_ids=piece[:, :-1], use_cache=False).logits[0]
                 loss = torch.nn.functional.cross_entropy(logits.float(), piece[0, 1:])
                 nll.append(loss.item())
     finally:

@@ -382,3 +382,26 @@ def test_a_failed_install_is_not_hidden(monkeypatch):
     monkeypatch.setattr(env.subprocess, "check_call", fail)
     with pytest.raises(subprocess.CalledProcessError):
         env.install_on_colab()
+
+
+def test_freed_memory_is_kept_for_the_next_tensor():
+    code = """if True:
+        import platform, psutil, torch
+        from qlora_helpers import env
+        def freed():  # MiB that the system gets back when 256 MiB are freed
+            tensor = torch.ones(64 * 2**20)
+            before = psutil.Process().memory_info().rss
+            del tensor
+            return (before - psutil.Process().memory_info().rss) / 2**20
+        assert platform.libc_ver()[0] != "glibc" or freed() > 200
+        print(env.keep_freed_memory() and freed() > 200)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["False"]
+
+
+def test_elsewhere_memory_is_left_alone(monkeypatch):
+    monkeypatch.setattr(env.platform, "libc_ver", lambda: ("", ""))
+    assert env.keep_freed_memory() is False

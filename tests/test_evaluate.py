@@ -222,7 +222,13 @@ def test_a_peft_model_answers_and_still_trains(kind, parrot, tmp_path):
     adapted = get_peft_model(base, LoraConfig(target_modules="all-linear"))
     adapters = [p for p in adapted.parameters() if p.requires_grad]
     assert {p.dtype for p in adapters} == {torch.float32}
+    computed = set()
+    for name, module in adapted.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *a: computed.add(a[2].dtype))
     assert generate_answers(adapted, tokenizer, PROMPTS) == plain  # B is zero
+    # as the Trainer computes them: in bf16 under autocast, where the model is bf16
+    assert computed == {base.dtype}
     assert perplexity(adapted, tokenizer, "all names" * 5, block=8).value > 1
     ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     adapted(input_ids=ids, labels=ids).loss.backward()
