@@ -213,7 +213,8 @@ def stamp(folder=NOTEBOOKS, address=None) -> None:
 
     The public address has one place, `[project.urls] Repository` in pyproject.toml. It
     gives a Colab link in the first cell (none without an address) and REPOSITORY in the
-    set-up cell. Seconds and memory come from data/measured/notebooks.json.
+    set-up cell. Seconds and memory come from data/measured/notebooks.json, and go into
+    README's map as well.
     """
     if address is None:
         text = (env.ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -238,6 +239,38 @@ def stamp(folder=NOTEBOOKS, address=None) -> None:
                 if "source_sha256" in cell.metadata:
                     cell.metadata["source_sha256"] = source_hash(cell.source)
         _write(path, nbformat.writes(notebook))
+    if pathlib.Path(folder) == NOTEBOOKS:
+        readme = env.ROOT / "README.md"
+        _write(readme, the_map(readme.read_text(encoding="utf-8")))
+
+
+def the_map(readme) -> str:
+    """README's map, each notebook's row completed by what it took on each machine.
+
+    The columns that are filled are those whose heading names a machine and its dtype,
+    as "two CPU cores, float32".
+    """
+    rows = recorded.read("notebooks")["rows"]
+    lines, machines = [], []
+    for line in readme.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| notebook |"):
+            machines = cells[2:]
+        elif not line.startswith("|"):
+            machines = []
+        found = re.search(r"\(notebooks/(\w+)\.ipynb\)", cells[0])
+        if machines and found:
+            took = [""] * len(machines)
+            for row in rows:
+                where = f"{row['machine']}, {row['computes_in']}"
+                if row["notebook"] == found[1] and where in machines:
+                    memory = row["peak_gpu_gib"] or row["peak_ram_gib"]
+                    took[machines.index(where)] = (
+                        f"{row['seconds'] / 60:.1f} min, {memory:.1f} GiB"
+                    )
+            line = f"| {' | '.join(cells[:2] + took)} |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def cost(header, stem) -> str:

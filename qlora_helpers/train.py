@@ -163,6 +163,7 @@ class LiveLoss(TrainerCallback):
     def draw(self):
         fig, ax = plots.figure()
         ax.plot(range(1, len(self.losses) + 1), self.losses)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("step (no unit)")
         ax.set_ylabel("loss (nat per token)")
         ax.set_ylim(bottom=0)
