@@ -16,9 +16,16 @@ Disk = collections.namedtuple("Disk", "total used free")
 VARIABLES = "QLORA_PROFILE QLORA_BASE QLORA_CACHE KAGGLE_KERNEL_RUN_TYPE".split()
 
 
+keep_freed_memory = env.keep_freed_memory
+
+
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    """No variable of the author's machine decides what these tests see."""
+    """No variable of the author's machine decides what these tests see.
+
+    And setup() leaves the memory of the process that runs all tests alone.
+    """
+    monkeypatch.setattr(env, "keep_freed_memory", lambda: False)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
@@ -274,8 +281,11 @@ def test_without_a_container_memory_is_the_machines(tmp_path, monkeypatch):
     assert env.total_ram_gib() == whole > 0
 
 
-def test_setup_prints_one_line(machine, no_gpu, capsys):
+def test_setup_prints_one_line(machine, no_gpu, capsys, monkeypatch):
+    called = []
+    monkeypatch.setattr(env, "keep_freed_memory", lambda: called.append(True))
     env.setup()
+    assert called
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("ready: Python 3.")
     assert f"torch {torch.__version__}, CPU, " in line
@@ -404,4 +414,4 @@ def test_freed_memory_is_kept_for_the_next_tensor():
 
 def test_elsewhere_memory_is_left_alone(monkeypatch):
     monkeypatch.setattr(env.platform, "libc_ver", lambda: ("", ""))
-    assert env.keep_freed_memory() is False
+    assert keep_freed_memory() is False
