@@ -30,7 +30,7 @@ $(READY): requirements.txt
 
 lab: setup
 	$(PY) -m qlora_helpers.course learner
-	$(PY) -m jupyterlab my_course/00_start_here.ipynb
+	$(PY) -m jupyterlab --notebook-dir=. my_course/00_start_here.ipynb
 
 run: setup
 	$(PY) -m qlora_helpers.course run
