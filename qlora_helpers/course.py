@@ -250,7 +250,11 @@ def the_map(readme) -> str:
     The columns that are filled are those whose heading names a machine and its dtype,
     as "two CPU cores, float32".
     """
-    rows = recorded.read("notebooks")["rows"]
+    took = {}
+    for row in recorded.read("notebooks")["rows"]:
+        memory = row["peak_gpu_gib"] or row["peak_ram_gib"]
+        where = row["notebook"], f"{row['machine']}, {row['computes_in']}"
+        took[where] = f"{row['seconds'] / 60:.1f} min, {memory:.1f} GiB"
     lines, machines = [], []
     for line in readme.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -260,15 +264,8 @@ def the_map(readme) -> str:
             machines = []
         found = re.search(r"\(notebooks/(\w+)\.ipynb\)", cells[0])
         if machines and found:
-            took = [""] * len(machines)
-            for row in rows:
-                where = f"{row['machine']}, {row['computes_in']}"
-                if row["notebook"] == found[1] and where in machines:
-                    memory = row["peak_gpu_gib"] or row["peak_ram_gib"]
-                    took[machines.index(where)] = (
-                        f"{row['seconds'] / 60:.1f} min, {memory:.1f} GiB"
-                    )
-            line = f"| {' | '.join(cells[:2] + took)} |"
+            cells[2:] = [took.get((found[1], machine), "") for machine in machines]
+            line = f"| {' | '.join(cells)} |"
         lines.append(line)
     return "\n".join(lines) + "\n"
 

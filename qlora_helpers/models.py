@@ -333,4 +333,5 @@ def random_llama(shape, quantization=None, seed=0):
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer
     never_repack(model)
+    pack_last_token(model)
     return model.eval()
