@@ -1,5 +1,7 @@
 """The oracles of the exercises: each tries a reader's function and prints a verdict."""
 
+import functools
+
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
@@ -41,6 +43,11 @@ def _try(name, function, cases, same=lambda yours, expected: yours == expected):
 
 
 def _short(value) -> str:
+    if isinstance(value, torch.Tensor) and value.numel() > 4:
+        first = ", ".join(f"{number:.4g}" for number in value.flatten()[:4].tolist())
+        return f"tensor of {tuple(value.shape)}: [{first}, ...]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
     text = repr(value)
     return text if len(text) <= 160 else f"{text[:100]} ... {text[-50:]}"
 
@@ -155,6 +162,7 @@ def check_dropout(with_dropout) -> bool:
         W = layer.base_layer.weight
         cases.append(((x, W.detach(), A.detach(), B.detach(), 2.0, p), expected))
 
+    @functools.wraps(with_dropout)
     def seeded(*arguments):
         torch.manual_seed(4)
         return with_dropout(*arguments)

@@ -69,6 +69,8 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None):
             quantization.bnb_4bit_compute_dtype if four_bit else machine.compute_dtype
         )
     source = embedded_dir() if name == EMBEDDED else name
+    # passed on as None it would hide that a checkpoint is quantized already
+    given = {} if quantization is None else {"quantization_config": quantization}
     with hub_errors_explained(name):
         offline = only_cached(source)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -77,12 +79,12 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            quantization_config=quantization,
             device_map={"": str(machine.device)},  # else bitsandbytes prefers a GPU
             attn_implementation="sdpa",
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
             local_files_only=offline,
+            **given,
         )
     if tokenizer.pad_token is None:
         # Llama 3.x keeps a token for this; elsewhere the end token, which the attention

@@ -545,6 +545,18 @@ def test_a_pad_token_is_there(tiny_dir, tmp_path, kept):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_a_saved_4_bit_model_comes_back_as_the_same_bytes(tiny_dir, tmp_path):
+    model, tokenizer = models.load_base(str(tiny_dir), nf4())
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = models.load_base(str(tmp_path))
+    assert again.is_loaded_in_4bit
+    before, after = model.state_dict(), again.state_dict()
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
 def test_questions_in_one_batch_take_one_output_head(tiny_dir):
     """A batched product would copy it once a row on some CPUs: gigabytes."""
     model, _ = models.load_base(str(tiny_dir), nf4())

@@ -85,6 +85,49 @@ def test_module_imports_are_required(path):
     assert list(found) == []
 
 
+# ---- what a notebook writes out is what the package does
+
+WRITTEN_OUT = [
+    *(("01", "quant", name) for name in ("nf4_code", "fp4_code", "int4_code")),
+    *(("01", "quant", name) for name in ("quantize", "dequantize")),
+    *(("02", "quant", name) for name in ("dynamic_code", "quantize_scales")),
+    ("02", "quant", "dequantize_scales"),
+    *(("03", "layer", name) for name in ("FrozenProduct", "QLoRALinear")),
+    *(("06", "train", name) for name in ("nf4_config", "lora_config")),
+    *(("06", "train", name) for name in ("sft_config", "build_trainer")),
+]
+
+
+def definitions(source):
+    """Each function and class of a source as text, without docstrings and comments."""
+    found = {}
+    for node in ast.parse(source).body:
+        for part in ast.walk(node):
+            a_definition = isinstance(part, ast.FunctionDef | ast.ClassDef)
+            if a_definition and ast.get_docstring(part) is not None:
+                del part.body[0]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.unparse(node)
+    return found
+
+
+@pytest.mark.parametrize("number, module, name", WRITTEN_OUT)
+def test_the_notebook_writes_out_what_the_package_does(number, module, name):
+    [path] = course.find([number])
+    shown = {}
+    for cell in rules.code_cells(read(path)):
+        shown |= definitions(cell.source)
+    file = env.ROOT / "qlora_helpers" / f"{module}.py"
+    assert shown[name] == definitions(file.read_text(encoding="utf-8"))[name]
+
+
+@pytest.mark.parametrize("module", ["quant", "layer"])
+def test_nothing_of_a_lesson_is_hidden_in_the_package(module):
+    file = env.ROOT / "qlora_helpers" / f"{module}.py"
+    defined = set(definitions(file.read_text(encoding="utf-8")))
+    assert defined == {name for _, where, name in WRITTEN_OUT if where == module}
+
+
 # ---- exercises
 
 EXERCISES = [
