@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from IPython import display
 from IPython.core.interactiveshell import InteractiveShell
+from PIL import Image
 
 # Each has 3:1 contrast on white, and its own dash (lines) and marker
 # (points: marker=plots.MARKERS[i]), so that colour never says it alone.
@@ -103,9 +104,12 @@ def redraw(fig, alt, handle=None):
         )
     _check(fig)
     png = io.BytesIO()
-    # no software version in the file: the same figure gives the same bytes
-    fig.savefig(png, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    fig.savefig(png, dpi=DPI, bbox_inches="tight")
     plt.close(fig)
+    with Image.open(png) as picture:  # a palette: a third of the bytes
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    png = io.BytesIO()  # and no software version: the same figure, the same bytes
+    small.save(png, "PNG", optimize=True)
     if not InteractiveShell.initialized():  # a script: nothing can show a picture
         if handle is False:
             print(f"Figure: {alt}")
