@@ -285,9 +285,12 @@ def cost(header, stem) -> str:
         else f"{r['peak_ram_gib']:.1f} GiB on {where(r)}"
         for r in rows
     )
-    known = (("Time", "(an estimate)", ran), ("Needs", "of memory", took))
+    known = (
+        ("Time", "(an estimate)", f"; its cells ran {ran}."),
+        ("Needs", "of memory", f"; the peak was {took}."),
+    )
     for part, end, measured in known:
-        text = f", measured: {measured}." if rows else "; running it was not measured."
+        text = measured if rows else "; running it was not measured."
         header = re.sub(
             rf"(?m)^(\*\*{part}\*\*: .*?{re.escape(end)}).*$",
             lambda found, text=text: found[1] + text,

@@ -67,10 +67,18 @@ def label_ends(ax, gap=13) -> None:
         ends.append((ax.transData.transform((x, y))[1], x, y, line))
     ends.sort(key=lambda end: end[0])
     points = 72 / ax.figure.dpi  # pixels to points
-    lowest = -float("inf")
-    for pixel, x, y, line in ends:
-        height = max(pixel * points, lowest + gap)
-        lowest = height
+    clusters = []  # of neighbours that would overlap: [first height, number]
+    for pixel, *_ in ends:
+        clusters.append([pixel * points, 1])
+        while len(clusters) > 1 and (
+            clusters[-1][0] < clusters[-2][0] + clusters[-2][1] * gap
+        ):  # one cluster, around the middle of both
+            first, n = clusters.pop()
+            before, m = clusters[-1]
+            middle = m * (before + (m - 1) * gap / 2) + n * (first + (n - 1) * gap / 2)
+            clusters[-1] = [middle / (m + n) - (m + n - 1) * gap / 2, m + n]
+    heights = [first + i * gap for first, n in clusters for i in range(n)]
+    for height, (pixel, x, y, line) in zip(heights, ends, strict=True):
         ax.annotate(
             line.get_label(),
             (x, y),

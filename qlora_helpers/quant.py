@@ -18,7 +18,7 @@ def nf4_code(top: float = 0.9677083) -> torch.Tensor:
     1 - 1/32 and 1 - 1/30, cut to seven digits. Source: QLoRA, section 3 and appendix E.
     """
     above = torch.linspace(top, 0.5, 9)[:-1].double()  # eight, without the median
-    below = torch.linspace(top, 0.5, 8)[:-1].double()  # seven
+    below = torch.linspace(top, 0.5, 8)[:-1].double()  # seven; both spaced in fp32
     positive, negative = torch.special.ndtri(above), -torch.special.ndtri(below)
     code = torch.cat([negative, torch.zeros(1), positive.flip(0)]).float()
     return code / code.max()
@@ -52,12 +52,12 @@ def quantize(
     block may span two. Returns (packed, absmax): two 4-bit indices to a byte, the first
     in its high half, (bytes, 1), uint8; and a scale for each block, (blocks,), fp32.
 
-    Raises ValueError for a code of more than sixteen levels, a block of none, and for
-    what has no 4-bit form: no weights, NaN or infinity.
+    Raises ValueError for a code of more than sixteen levels, a block of odd size, and
+    for what has no 4-bit form: no weights, NaN or infinity.
     Source: QLoRA, eq. 1 and 2; bitsandbytes/backends/default/ops.py for the rounding.
     """
-    if not 1 < len(code) <= 16 or block < 1:
-        raise ValueError(f"expected 2 to 16 levels and 1 weight a block or more, got "
+    if not 1 < len(code) <= 16 or block < 2 or block % 2:
+        raise ValueError(f"expected 2 to 16 levels and blocks of an even size, got "
                          f"{len(code)} levels and blocks of {block}")  # fmt: skip
     flat = weight.detach().reshape(-1).float()
     bad = int((~flat.isfinite()).sum())
@@ -66,7 +66,7 @@ def quantize(
                          f"of which {bad} are NaN or infinite")  # fmt: skip
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
     absmax = blocks.abs().amax(dim=1)  # (blocks,)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # from -1 to 1
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # rounds as bitsandbytes
     levels, order = code.to(flat.device).sort()
     index = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
     index = order[index].reshape(-1)[: len(flat) + len(flat) % 2].to(torch.uint8)

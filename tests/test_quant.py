@@ -133,6 +133,12 @@ def test_a_weight_that_trains_is_left_as_it_was():
         (torch.tensor([]), quant.nf4_code(), 64, "at least one, got 0"),
         (torch.ones(4), torch.arange(17.0), 64, "got 17 levels"),
         (torch.ones(4), quant.nf4_code(), 0, "blocks of 0"),
+        (
+            torch.ones(7),
+            quant.nf4_code(),
+            7,
+            "even size, got 16 levels and blocks of 7",
+        ),
     ],
 )
 def test_what_has_no_four_bit_form_is_refused(weight, code, block, said):
