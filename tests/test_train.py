@@ -15,6 +15,7 @@ from qlora_helpers import (
     exercises,
     memory,
     models,
+    quant,
     recorded,
     records,
     train,
@@ -216,6 +217,16 @@ def test_the_map_says_what_was_measured():
         (exercises.check_loss_mask, lambda prompt, ids: ids),
         (exercises.check_learning_rate, lambda step, steps, warmup, peak: peak),
         (exercises.check_learning_rate, lambda *given: 1 / 0),
+        (exercises.check_nf3, lambda top: torch.linspace(-1, 1, 8)),
+        (exercises.check_nf3, lambda top: quant.nf4_code(top)),
+        (exercises.check_gain, lambda weight, block: 15.0),
+        (exercises.check_bits_per_weight, lambda bits, n, scale, low: bits + scale / n),
+        (exercises.check_layer_bytes, lambda rows, columns: rows * columns // 2),
+        (exercises.check_dropout, lambda x, W, A, B, s, p: x @ W.T + s * x @ A.T @ B.T),
+        (
+            exercises.check_adapter_gradients,
+            lambda x, A, B, s, g: (s * (g @ B).T @ x, g.T @ (x @ A.T)),
+        ),
     ],
 )
 def test_a_wrong_answer_is_told_and_stops_nothing(check, wrong, capsys):
