@@ -75,12 +75,26 @@ def profile(force: str | None = None) -> Profile:
             kind = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     if kind not in ("cpu", "fp16", "bf16"):
         raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
-    gpu = kind != "cpu"
-    if gpu and not has_gpu:
+    if kind != "cpu" and not has_gpu:
         raise RuntimeError(
             f"profile {kind!r} needs an NVIDIA GPU and torch sees none: unset "
             "QLORA_PROFILE, or on Colab choose Runtime > Change runtime type > T4 GPU"
         )
+    return _profile_of(kind)
+
+
+def elsewhere(kind: str) -> Profile:
+    """The profile of another machine, to plan a run with: nothing can run on it here.
+
+    Where this machine has no GPU, `use_cpu` is set: else transformers makes no settings
+    in bf16.
+    """
+    planned = _profile_of(kind)
+    return planned._replace(use_cpu=not torch.cuda.is_available())
+
+
+def _profile_of(kind: str) -> Profile:
+    gpu = kind != "cpu"
     if gpu:
         dtype = torch.float16 if kind == "fp16" else torch.bfloat16
     else:

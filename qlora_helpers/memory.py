@@ -1,39 +1,139 @@
-"""Measure the bytes of a run: what it keeps, and its peak."""
+"""Predict the bytes of a training run from its configs, and measure them."""
 
 import contextlib
 import threading
+import weakref
+from typing import NamedTuple
 
 import psutil
 import torch
 from bitsandbytes.nn import Params4bit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from . import env
+from . import env, formulas
+from .plan import Extras, read
+
+WORKSPACES = 2 * 32 * 2**20  # cuBLAS on Hopper: forward and backward thread
+
+
+class Prediction(NamedTuple):
+    """What a run will hold, in bytes."""
+
+    weights: dict[str, int]  # the base model, by kind
+    kept: int  # what the forward pass keeps for the backward pass
+    moments: dict[str, dict[str, int]]  # each moment that can be the peak, by kind
+    paged: int  # optimizer states in managed memory, which torch does not count
+
+    @property
+    def moment(self) -> str:
+        """The moment that holds most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Bytes by kind at that moment."""
+        return self.moments[self.moment]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at that moment."""
+        return sum(self.kinds.values())
+
+
+def predict(
+    model_config,
+    bnb_config=None,
+    lora_config=None,
+    sft_config=None,
+    extras: Extras | None = None,
+) -> Prediction:
+    """The bytes of a training run, from its configs alone.
+
+    model_config: a LlamaConfig or a name of models.SHAPES. bnb_config: a 4-bit
+    BitsAndBytesConfig; left out, weights are as model_config.dtype says (16-bit, or
+    fp32). lora_config: left out, every weight trains. sft_config: batch, max_length,
+    optimizer, checkpointing, mixed precision; it must be given. Rows count as full:
+    `max_length` tokens, no padding, loss on each.
+
+    On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
+    that is not the first. Raises TypeError and ValueError for what it cannot predict.
+    """
+    plan = read(model_config, bnb_config, lora_config, sft_config, extras)
+    weights = formulas.weight_bytes(plan)
+    gradients = formulas.gradient_bytes(plan)
+    states, paged = formulas.optimizer_bytes(plan)
+    kept, last, first = formulas.activation_bytes(plan)
+    ends = formulas.end_bytes(plan)
+    in_loss, of_head = formulas.loss_bytes(plan)
+    moments = {
+        "the loss, backward": {
+            "activations": kept + ends,
+            "logits and loss": in_loss,
+            "gradients": of_head,
+        },
+        "the optimizer's step": {"gradients": gradients},
+    }
+    # tied: the head's gradient waits for the embedding's, then their sum is made
+    tied, begun = plan.config.tie_word_embeddings, of_head
+    if not plan.targets:
+        moments["the embedding, backward"] = {
+            "gradients": gradients + (2 * of_head if tied else 0)
+        }
+    begun += gradients // plan.config.num_hidden_layers
+    ending = gradients - (0 if tied else of_head)
+    for part, (extra, scratch) in formulas.turning_bytes(plan).items():
+        places = [("last layer", kept + last, begun), ("first layer", first, ending)]
+        if part.startswith("forward") and not plan.every:
+            places = places[:1]  # the first is not gone through again
+        for layer, held, of_layers in places:
+            moments[f"{layer}: {part}"] = {
+                "activations": held + extra,
+                "dequantized weight": scratch,
+                "gradients": of_layers,
+            }
+    always = {
+        "base weights": sum(weights.values()),
+        "adapters": gradients if plan.targets else 0,  # gradients have their size
+        "optimizer": states,
+        "workspaces": WORKSPACES if plan.extras.device == "cuda" else 0,
+    }
+    moments = {name: always | kinds for name, kinds in moments.items()}
+    return Prediction(weights, kept + ends, moments, paged)
+
+
+def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a parameter is kept in: a 4-bit one's scales and tables too."""
+    state = getattr(parameter, "quant_state", None)
+    if not isinstance(parameter, Params4bit) or state is None:
+        return [parameter]
+    tensors = [parameter, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return tensors
 
 
 def tensor_bytes(parameter: torch.Tensor) -> int:
     """Bytes of a parameter, of a 4-bit one with its scales and tables."""
-    state = getattr(parameter, "quant_state", None)
-    if not isinstance(parameter, Params4bit) or state is None:
-        return parameter.nbytes
-    tensors = [parameter, state.absmax, state.code]
-    if state.nested:
-        tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in stored_tensors(parameter))
 
 
 def state_bytes(model, optimizer) -> dict[str, int]:
     """Bytes that a run keeps from step to step, by kind, counted on its tensors.
 
     Gradients are gone between two steps, so they are not counted but inferred: each
-    trained parameter has one of its own shape and dtype.
+    trained parameter has one of its own shape and dtype. A tensor that several share,
+    as 8-bit states share their code, counts once.
     """
     parameters = list(model.parameters())
-    states = [t for s in optimizer.state.values() for t in s.values()]
+    states = {id(t): t for s in optimizer.state.values() for t in s.values()}
     return {
         "base model": sum(tensor_bytes(p) for p in parameters if not p.requires_grad),
         "adapters": sum(p.nbytes for p in parameters if p.requires_grad),
         "gradients": sum(p.nbytes for p in parameters if p.requires_grad),
-        "optimizer": sum(t.nbytes for t in states if isinstance(t, torch.Tensor)),
+        "optimizer": sum(
+            t.nbytes for t in states.values() if isinstance(t, torch.Tensor)
+        ),
     }
 
 
@@ -66,3 +166,78 @@ def peak():
     finally:
         done.set()
         watcher.join()
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is open, each storage once.
+
+    `now` and `peak` are bytes. A class, since torch's dispatch modes are.
+    """
+
+    def __init__(self, round_up=lambda size: size):
+        super().__init__()
+        self.round_up, self.now, self.peak, self.sizes = round_up, 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.within(function, args, kwargs or {}, result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.enter(tensor.untyped_storage())
+        return result
+
+    def enter(self, storage):
+        """Count a storage, from now until torch lets go of it."""
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = self.round_up(storage.nbytes())
+        self.now += self.sizes[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.leave, key)
+
+    def leave(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def within(self, function, args, kwargs, result):
+        """Count the weight that bitsandbytes dequantizes inside of one operation.
+
+        Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback: for more
+        than 1,536 rows; for fewer a kernel reads the packed weight.
+        """
+        if function is not torch.ops.bitsandbytes.gemm_4bit.default:
+            return
+        x, _, shape = args[:3]
+        if x.numel() // x.shape[-1] > 1536:
+            scratch = formulas.dequantized_bytes(shape, x.itemsize)
+            inside = self.now + scratch + result.numel() * result.itemsize
+            self.peak = max(self.peak, inside)
+
+
+def measure(trainer) -> dict[str, int]:
+    """Let a trainer train, and give the bytes that its run took, by kind.
+
+    What it keeps from step to step as state_bytes has it; `peak`, the most that its
+    tensors held (on a GPU as torch's allocator counts, on a CPU as a Ledger does), and
+    `passing`, the part of it that is none of the kept kinds. On a GPU also `reserved`,
+    what torch took from the card.
+    """
+    device = env.profile().device
+    if device.type == "cuda":
+        with peak() as found:
+            trainer.train()
+        most = found["bytes"]
+    else:
+        ledger = Ledger()
+        for parameter in trainer.model.parameters():
+            for tensor in stored_tensors(parameter):
+                ledger.enter(tensor.untyped_storage())
+        with ledger:
+            trainer.train()
+        most = ledger.peak
+    kinds = state_bytes(trainer.model, trainer.optimizer)
+    held = sum(size for kind, size in kinds.items() if kind != "gradients")
+    kinds |= {"passing": most - held, "peak": most}
+    if device.type == "cuda":
+        kinds["reserved"] = torch.cuda.max_memory_reserved(device)
+    return kinds

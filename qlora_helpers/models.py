@@ -20,7 +20,12 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+)
 from transformers.quantizers import AutoHfQuantizer
 
 from . import env
@@ -254,6 +259,8 @@ SHAPES = {
     "tiny": Shape(2, 64, 128, 4, 2, 49152, True, 512, default_rope(1e4)),
     # Llama-3.2-1B
     "1B": Shape(16, 2048, 8192, 32, 8, 128256, True, 131072, llama3_rope(32.0)),
+    # SmolLM2-1.7B
+    "1.7B": Shape(24, 2048, 8192, 32, 32, 49152, True, 8192, default_rope(130_000.0)),
     # Llama-3.2-3B
     "3B": Shape(28, 3072, 8192, 24, 8, 128256, True, 131072, llama3_rope(32.0)),
     # Llama-3.1-8B
@@ -267,6 +274,39 @@ SHAPES = {
     # Llama-3.1-70B
     "70B": Shape(80, 8192, 28672, 64, 8, 128256, False, 131072, llama3_rope(8.0)),
 }
+
+HUB_SHAPES = {  # so that a plan needs no network
+    UNGATED: "1.7B",
+    "meta-llama/Llama-3.2-1B": "1B",
+    "meta-llama/Llama-3.2-3B": "3B",
+    "meta-llama/Llama-3.1-8B": "8B",
+    "meta-llama/Llama-2-13b-hf": "13B",
+    "codellama/CodeLlama-34b-hf": "34B",
+    "meta-llama/Llama-3.1-70B": "70B",
+}
+
+
+def config_of(model) -> LlamaConfig:
+    """The config of a shape's name, "embedded", a Hub id, or a directory.
+
+    A LlamaConfig is given back. Raises ValueError for a model that is not a Llama, and
+    what load_base raises for one that cannot be found.
+    """
+    if isinstance(model, LlamaConfig):
+        return model
+    if model in SHAPES or model in HUB_SHAPES:
+        return llama_config(HUB_SHAPES.get(model, model))
+    source = embedded_dir() if model == EMBEDDED else model
+    with hub_errors_explained(model):
+        offline = only_cached(source)
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=offline
+        )
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(
+            f"{model} is a {config.model_type}, not a Llama: its bytes are unknown"
+        )
+    return config
 
 
 def llama_config(shape: str) -> LlamaConfig:

@@ -1,0 +1,220 @@
+"""The byte formulas of notebook 04: what each part of a training run holds.
+
+Each is what the libraries' code keeps, written out: transformers' modeling_llama.py,
+PEFT's tuners/lora, bitsandbytes' autograd/_functions.py and optim/optimizer.py, TRL's
+kernels/chunked_logprob.py. rehearse.py runs that code on tensors without data, and the
+tests hold the formulas to it.
+"""
+
+import torch
+
+from .plan import OPTIMIZERS, Plan, projections
+
+BLOCK, SCALE_BLOCK = 64, 256  # weights to a scale, scales to a second one
+HEAD_TOKENS, HEAD_VOCAB = 4096, 32768  # the tile of logits of TRL's fused loss
+EIGHT_BIT_SMALLEST = 4096  # numbers; a smaller tensor's states stay in fp32
+PAGED_SMALLEST = 100_000  # numbers of a state that bitsandbytes pages
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def rounding(device):
+    """How torch's allocator rounds: to blocks of 512 bytes on CUDA, on a CPU not."""
+    return lambda size: -(-size // 512) * 512 if device == "cuda" else size
+
+
+def weight_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes of the base model, by kind; exact."""
+    up, config = rounding(plan.extras.device), plan.config
+    plain = 4 if plan.extras.kbit_casts else plan.compute
+    found = {"packed": 0, "scales": 0, "tables": 0, "linear": 0}
+    for out, inside in projections(config).values():
+        size = out * inside
+        blocks = -(-size // BLOCK)
+        if not plan.four_bit:
+            found["linear"] += up(size * plain)
+            continue
+        found["packed"] += up(-(-size // 2))
+        found["scales"] += up(blocks if plan.double else 4 * blocks)
+        found["tables"] += up(16 * 4)
+        if plan.double:
+            found["scales"] += up(4 * -(-blocks // SCALE_BLOCK))
+            found["tables"] += up(256 * 4) + up(4)  # and the offset
+    found = {kind: config.num_hidden_layers * size for kind, size in found.items()}
+    ends = 1 if config.tie_word_embeddings else 2
+    found["embedding, output"] = ends * up(
+        plain * config.vocab_size * config.hidden_size
+    )
+    norms = 2 * config.num_hidden_layers + 1
+    found["norms"] = norms * up(plain * config.hidden_size)
+    return {kind: size for kind, size in found.items() if size}
+
+
+def trained_tensors(plan: Plan) -> list[int]:
+    """How many numbers each trained tensor has."""
+    config, shapes = plan.config, projections(plan.config)
+    if plan.targets:
+        layer = [n * plan.r for name in plan.targets for n in shapes[name]]
+        return config.num_hidden_layers * layer
+    h = config.hidden_size
+    layer = [out * inside for out, inside in shapes.values()] + [h, h]
+    ends = (1 if config.tie_word_embeddings else 2) * [config.vocab_size * h]
+    return config.num_hidden_layers * layer + ends + [h]
+
+
+def trained_itemsize(plan: Plan) -> int:
+    """Bytes of a number of a trained tensor."""
+    return plan.extras.adapter_dtype.itemsize if plan.targets else plan.compute
+
+
+def gradient_bytes(plan: Plan) -> int:
+    """Bytes of all gradients; each has its tensor's shape and dtype."""
+    up, size = rounding(plan.extras.device), trained_itemsize(plan)
+    return sum(up(count * size) for count in trained_tensors(plan))
+
+
+def optimizer_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of Adam's states: (counted by torch, in managed memory)."""
+    cuda, size = plan.extras.device == "cuda", OPTIMIZERS[plan.optim]
+    up, held, paged = rounding(plan.extras.device), 0, 0
+    if size == 1:
+        held += 2 * 256 * 4  # the codes of the two states, shared by all
+    for count in trained_tensors(plan):
+        if size is None:
+            held += 2 * up(count * trained_itemsize(plan)) + up(4)  # and its step
+            continue
+        eight_bit = size == 1 and count >= EIGHT_BIT_SMALLEST
+        states = 2 * up(count * (1 if eight_bit else 4))
+        if cuda and "paged" in plan.optim and count >= PAGED_SMALLEST:
+            paged += states
+        else:
+            held += states
+        held += 2 * up(4 * -(-count // 256)) if eight_bit else 0
+    return held, paged
+
+
+def stream(plan: Plan) -> int:
+    """Bytes of a number between the layers: fp32 after the casts of kbit training."""
+    return 4 if plan.extras.kbit_casts else plan.compute
+
+
+def layer_bytes(plan: Plan) -> int:
+    """What one layer keeps for its backward pass."""
+    config, c, e = plan.config, plan.compute, stream(plan)
+    shapes = projections(config)
+    h, f = config.hidden_size, config.intermediate_size
+    q, kv = shapes["q_proj"][0], shapes["k_proj"][0]
+    token = 2 * (4 * h + 4)  # what goes into the two norms, in fp32; 1 / rms
+    token += c * (2 * q + 2 * kv) + 4 * config.num_attention_heads  # attention
+    token += 3 * e * f  # gate, silu(gate), up
+    if not plan.targets:
+        token += 2 * c * h  # the norms' results before their weights
+    # What an adapter multiplies: q, k and v share it, as do gate and up.
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        using = [n for n in names if n in plan.targets or not plan.targets]
+        token += h * _kept_input(plan, len(using))
+    if "down_proj" in plan.targets or not plan.targets:
+        token += f * _kept_input(plan, 1)
+    if "o_proj" in plan.targets and (plan.dropout or _casts_inputs(plan)):
+        token += q * _kept_input(plan, 1)  # else attention keeps it already
+    token += c * plan.r * len(plan.targets)  # the adapters' middle
+    total = token * plan.rows * plan.length
+    if plan.targets and trained_itemsize(plan) != c:  # their 16-bit copies
+        total += c * sum(trained_tensors(plan)) // config.num_hidden_layers
+    return total
+
+
+def _casts_inputs(plan: Plan) -> bool:
+    """True where PEFT makes an adapter's input fp32, which autocast turns back.
+
+    For 4-bit layers it asks first whether autocast is on, for CUDA alone.
+    """
+    asks = plan.four_bit and plan.extras.device == "cuda"
+    return bool(plan.targets) and plan.compute < trained_itemsize(plan) and not asks
+
+
+def _kept_input(plan, users) -> int:
+    """Bytes of one number of what `users` adapters multiply."""
+    c = plan.compute
+    if plan.dropout:  # each its own, with a mask
+        return users * (c + (1 if plan.extras.device == "cuda" else c))
+    return c * (users if _casts_inputs(plan) or stream(plan) != c else min(users, 1))
+
+
+def activation_bytes(plan: Plan) -> tuple[int, int, int]:
+    """(what all layers keep, what the last one makes again, what the first holds)."""
+    config, tokens = plan.config, plan.rows * plan.length
+    layers, layer = config.num_hidden_layers, layer_bytes(plan)
+    checkpoint = stream(plan) * config.hidden_size * tokens
+    norm = (4 * config.hidden_size + 4) * tokens
+    if not plan.every:  # frozen embeddings: nothing goes back through the first norm
+        return layers * layer - (norm if plan.targets else 0), 0, layer
+    checkpointed = -(-layers // plan.every)
+    kept = checkpointed * checkpoint + (layers - checkpointed) * layer
+    again = layer - (checkpoint if stream(plan) == 4 else 0)  # the norm's input is it
+    last = again if (layers - 1) % plan.every == 0 else 0
+    return kept, last, checkpoint + again
+
+
+def end_bytes(plan: Plan) -> int:
+    """What the last norm, the head and the rotary tables keep."""
+    config, e = plan.config, stream(plan)
+    head = projections(config)["q_proj"][0] // config.num_attention_heads
+    token = 4 * config.hidden_size + 4
+    if not (plan.full_logits and plan.targets):  # the fused loss keeps its input
+        token += e * config.hidden_size
+    if plan.full_logits:  # log-probabilities in fp32
+        token += 4 * config.vocab_size
+    if not plan.targets:
+        token += plan.compute * config.hidden_size
+    return token * plan.rows * plan.length + 2 * e * head * plan.length
+
+
+def loss_bytes(plan: Plan) -> tuple[int, int]:
+    """What the loss holds in its backward pass, and the head's gradient after it."""
+    config, c, e = plan.config, plan.compute, stream(plan)
+    h, vocab = config.hidden_size, config.vocab_size
+    gradient = 0 if plan.targets else c * vocab * h
+    if plan.full_logits:  # two gradients in fp32
+        return 8 * vocab * plan.rows * plan.length, gradient
+    labels = plan.rows * (plan.length - 1)
+    at_once, width = min(HEAD_TOKENS, labels), min(HEAD_VOCAB, vocab)
+    held = c * HEAD_VOCAB * at_once  # the tile
+    held += (4 + (e if e < 4 else 0)) * h * labels  # its gradient, then as it came
+    if plan.extras.device == "cpu":  # many operations on the tile, not one kernel
+        held += 29 * width * at_once
+    if e != c:
+        held += 2 * c * width * h + c * h * at_once
+    return held + 4 * gradient // c, gradient
+
+
+def dequantized_bytes(shape, itemsize, double=True) -> int:
+    """What a 4-bit matrix takes while it is multiplied: itself, and its scales."""
+    size = shape[0] * shape[1]
+    return itemsize * size + (4 * -(-size // BLOCK) if double else 0)
+
+
+def turning_bytes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """What a layer adds to what it keeps, at the three moments that can be its worst.
+
+    {moment: (activations, dequantized weight)}
+    """
+    config, e, c = plan.config, stream(plan), plan.compute
+    h, f, tokens = config.hidden_size, config.intermediate_size, plan.rows * plan.length
+    wide, incoming = f * tokens, e * h * tokens
+    scratch = dequantized_bytes((h, f), c, plan.double) if plan.four_bit else 0
+    adapted = "down_proj" in plan.targets
+    product = c * wide if adapted else 0  # is let go of
+    matrix = 0 if plan.targets else c * h * f  # its gradient
+    again = 3 * incoming + (0 if product or not plan.targets else e * wide)
+    if e != c:
+        again += e * wide
+    if _casts_inputs(plan) and adapted:
+        again += (4 + e) * wide + 2 * incoming
+    return {
+        "forward, down_proj": (again, scratch),
+        "backward, down_proj": (
+            incoming + e * wide * (2 if adapted else 1) - product + matrix,
+            scratch,
+        ),
+        "backward, SwiGLU": (incoming + 3 * e * wide - product + matrix, 0),
+    }

@@ -1,0 +1,161 @@
+"""Rehearse a training step on tensors without data: its bytes, for any size, on a CPU.
+
+torch's fake tensors have shapes, dtypes and storages, and no memory behind them. Model,
+PEFT, TRL's loss and autograd are the real ones, so that what is counted is what they
+allocate; only inside a kernel nothing can be seen.
+"""
+
+import contextlib
+import gc
+from unittest import mock
+
+import torch
+import transformers.models.llama.modeling_llama as modeling_llama
+import trl.kernels.chunked_logprob as head
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Params4bit
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
+from trl.trainer.utils import add_fused_lm_head
+
+from . import formulas, memory, models
+from .plan import read
+
+
+def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extras=None):
+    """Rehearse one forward and backward pass, and count what memory.predict predicts.
+
+    Takes what memory.predict takes. Returns bytes: {"weights": base model and adapters,
+    "kept": what the forward pass leaves for the backward pass, "peak": the most held,
+    weights included, "gradients": what is left at the end}. Neither the optimizer nor
+    CUDA's workspaces are in it.
+    """
+    plan = read(model_config, bnb_config, lora_config, sft_config, extras)
+    gpu, dtype = plan.extras.device == "cuda", formulas.DTYPES[plan.compute]
+    model = _skeleton(plan, bnb_config, lora_config, dtype)
+    ledger = memory.Ledger(formulas.rounding(plan.extras.device))
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger, _as_on(gpu, dtype):
+        _fill(model, plan, bnb_config)
+        weights = ledger.now
+        model.train()
+        if plan.every:
+            inner = model.get_base_model() if lora_config else model
+            inner.gradient_checkpointing_enable(
+                {"use_reentrant": False}, every_n_layers=plan.every
+            )
+            inner.enable_input_require_grads()
+        ids = torch.zeros(plan.rows, plan.length, dtype=torch.long)
+        fused = {} if plan.full_logits else {"fused_lm_head": True}
+        ledger.peak = ledger.now
+        mixed = dtype != torch.float32
+        with torch.autocast("cpu", dtype=dtype, enabled=mixed):
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **fused).loss
+        kept = ledger.now - weights
+        loss.backward()
+        peak = ledger.peak
+        del loss, ids
+        gc.collect()
+        gradients = ledger.now - weights
+    return {"weights": weights, "kept": kept, "peak": peak, "gradients": gradients}
+
+
+@contextlib.contextmanager
+def _as_on(gpu, dtype):
+    """Take a GPU's path where libraries would see that the tensors are a CPU's."""
+    with contextlib.ExitStack() as stack:
+        # The mask is looked at, and fake tensors have no data: rows are full.
+        no_mask = mock.patch.object(
+            modeling_llama, "create_causal_mask", lambda *_, **__: None
+        )
+        stack.enter_context(no_mask)
+        if gpu:
+            # TRL's Triton kernels work in place; their stand-ins for a CPU do not.
+            for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+                stack.enter_context(mock.patch.object(head, name, lambda *_, **__: 0))
+            # PEFT asks for CUDA's autocast alone, and casts where it is off.
+            before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+            torch.set_autocast_enabled("cuda", dtype != torch.float32)
+            torch.set_autocast_dtype("cuda", dtype)
+            stack.callback(torch.set_autocast_dtype, "cuda", before[1])
+            stack.callback(torch.set_autocast_enabled, "cuda", before[0])
+        yield
+
+
+def _skeleton(plan, bnb_config, lora_config, dtype):
+    """The model with its adapters, on torch's meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            plan.config, dtype=dtype, attn_implementation="sdpa"
+        )
+        if bnb_config is not None:
+            quantizer = AutoHfQuantizer.from_config(bnb_config, pre_quantized=False)
+            quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+            quantizer.postprocess_model(model)
+            model.hf_quantizer = quantizer
+    add_fused_lm_head(model)
+    if lora_config is None:
+        return model.requires_grad_(True)
+    return get_peft_model(model, lora_config, low_cpu_mem_usage=True)
+
+
+def _fill(model, plan, bnb_config):
+    """Put fake tensors where the skeleton has meta ones."""
+    made = {}  # tied weights once
+    for path, module in model.named_modules():
+        for name, old in list(module._parameters.items()):
+            if old is None:
+                continue
+            if isinstance(old, Params4bit):
+                shape = (module.out_features, module.in_features)
+                del module._parameters[name]  # a fake tensor is no Params4bit
+                weight = _fake_4bit(shape, bnb_config)
+                object.__setattr__(module, name, weight)
+                module.quant_state = weight.quant_state
+                continue
+            if id(old) not in made:
+                dtype = old.dtype
+                if "lora_" in path:
+                    dtype = plan.extras.adapter_dtype
+                elif plan.extras.kbit_casts:
+                    dtype = torch.float32
+                made[id(old)] = torch.nn.Parameter(
+                    torch.empty(old.shape, dtype=dtype), old.requires_grad
+                )
+            module._parameters[name] = made[id(old)]
+        for name, old in list(module._buffers.items()):
+            if old is not None:
+                module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
+    models.never_repack(model)
+
+
+def _fake_4bit(shape, bnb_config):
+    """A packed weight with its scales, as bitsandbytes has them."""
+
+    def empty(count, dtype=torch.float32):
+        return torch.empty(count, dtype=dtype)
+
+    size = shape[0] * shape[1]
+    blocks = -(-size // formulas.BLOCK)
+    known = {
+        "shape": torch.Size(shape),
+        "code": empty(16),
+        "blocksize": formulas.BLOCK,
+        "quant_type": bnb_config.bnb_4bit_quant_type,
+        "dtype": bnb_config.bnb_4bit_compute_dtype,
+    }
+    if bnb_config.bnb_4bit_use_double_quant:
+        second = QuantState(
+            absmax=empty(-(-blocks // formulas.SCALE_BLOCK)),
+            code=empty(256),
+            blocksize=formulas.SCALE_BLOCK,
+            dtype=torch.float32,
+        )
+        scales = empty(blocks, torch.uint8)
+        state = QuantState(scales, offset=empty(()), state2=second, **known)
+    else:
+        state = QuantState(empty(blocks), **known)
+    weight = empty((-(-size // 2), 1), torch.uint8)
+    weight.quant_state = state
+    return weight

@@ -1,0 +1,341 @@
+"""The byte formulas against the libraries' own code: rehearsed, and run on this CPU."""
+
+import pytest
+import torch
+import trl.kernels.chunked_logprob as head
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, BitsAndBytesConfig, GPT2Config
+from trl import SFTConfig
+
+from qlora_helpers import env, fit, memory, models, rehearse, train
+from qlora_helpers.embedded import embedded_dir
+from qlora_helpers.plan import Extras
+
+CPU = Extras(device="cpu")
+
+
+def nf4(double=True, dtype=torch.bfloat16):
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def lora(**changes):
+    given = {"r": 16, "target_modules": train.PROJECTIONS, "task_type": "CAUSAL_LM"}
+    return LoraConfig(**given | changes)
+
+
+def sft(rows=1, length=256, dtype=torch.bfloat16, every=1, **changes):
+    given = {
+        "output_dir": "never_written",
+        "use_cpu": True,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "per_device_train_batch_size": rows,
+        "max_length": length,
+        "gradient_checkpointing": bool(every),
+        "optim": "paged_adamw_8bit",
+    }
+    if every:
+        details = {"use_reentrant": False, "every_n_layers": every}
+        given["gradient_checkpointing_kwargs"] = details
+    return SFTConfig(**given | changes)
+
+
+def short(shape, layers=3, dtype=None):
+    """A shape's config with few layers: each layer's bytes are the same."""
+    config = models.llama_config(shape)
+    config.num_hidden_layers = layers
+    config.dtype = dtype
+    return config
+
+
+def without_what_is_not_rehearsed(prediction):
+    """The predicted peak of forward and backward pass alone."""
+    left_out = prediction.kinds["optimizer"] + prediction.kinds["workspaces"]
+    return max(
+        sum(kinds.values()) - left_out
+        for name, kinds in prediction.moments.items()
+        if "optimizer" not in name
+    )
+
+
+Q = (nf4(), lora())
+RUNS = {
+    "8B, long": (short("8B"), *Q, sft(1, 2048), None),
+    "1B, many short rows": (short("1B"), *Q, sft(8, 96), None),
+    "1B, no checkpointing": (short("1B"), *Q, sft(2, 512, every=0), None),
+    "3B, every second layer": (short("3B", 4), *Q, sft(2, 512, every=2), None),
+    "3B, the last one too": (short("3B"), *Q, sft(2, 512, every=2), None),
+    "13B, no double quantization": (short("13B"), nf4(False), lora(), sft(), None),
+    "70B": (short("70B", 2), *Q, sft(2, 1024), None),
+    "fp16": (
+        short("3B"),
+        nf4(dtype=torch.float16),
+        lora(),
+        sft(2, 512, torch.float16),
+        None,
+    ),
+    "bf16 adapters": (
+        short("3B"),
+        *Q,
+        sft(4, 512),
+        Extras(adapter_dtype=torch.bfloat16),
+    ),
+    "kbit casts": (short("3B"), *Q, sft(4, 512), Extras(kbit_casts=True)),
+    "kbit casts, no checkpointing": (
+        short("3B"),
+        *Q,
+        sft(4, 512, every=0),
+        Extras(kbit_casts=True),
+    ),
+    "full logits": (short("1B"), *Q, sft(2, 512), Extras(full_logits=True)),
+    "attention alone, r=64": (
+        short("3B"),
+        nf4(),
+        lora(r=64, target_modules=["q_proj", "v_proj"]),
+        sft(2, 512, every=0),
+        None,
+    ),
+    "16-bit LoRA": (short("3B"), None, lora(), sft(2, 512), None),
+    "16-bit LoRA, no checkpointing": (
+        short("3B"),
+        None,
+        lora(),
+        sft(2, 512, every=0),
+        None,
+    ),
+    "full, tied": (short("1B"), None, None, sft(2, 512, optim="adamw_torch"), None),
+    "full, not tied": (
+        short("8B", 2),
+        None,
+        None,
+        sft(2, 512, every=0, optim="adamw_torch"),
+        None,
+    ),
+    "on a CPU": (
+        short("tiny", 3),
+        nf4(dtype=torch.float32),
+        lora(),
+        sft(4, 128, torch.float32, every=0),
+        CPU,
+    ),
+    "on a CPU in bf16, dropout": (
+        short("1B"),
+        nf4(),
+        lora(lora_dropout=0.1),
+        sft(2, 128, every=0),
+        CPU,
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_predicted_is_what_the_libraries_allocate(run):
+    configs = RUNS[run]
+    predicted, rehearsed = memory.predict(*configs), rehearse.step(*configs)
+    weights = predicted.kinds["base weights"] + predicted.kinds["adapters"]
+    assert weights == pytest.approx(rehearsed["weights"], abs=4096)  # rotary buffers
+    assert predicted.kept == pytest.approx(rehearsed["kept"], rel=0.01)
+    peak = without_what_is_not_rehearsed(predicted)
+    assert peak == pytest.approx(rehearsed["peak"], rel=0.01)
+    # what is neither base model nor adapter: the part that is hard to say
+    assert peak - weights == pytest.approx(
+        rehearsed["peak"] - rehearsed["weights"], rel=0.06
+    )
+
+
+def test_a_rehearsal_leaves_no_trace():
+    tile = head._forward_tile
+    rehearse.step(*RUNS["fp16"])
+    assert head._forward_tile is tile
+    assert not torch.is_autocast_enabled("cuda")
+    assert not torch.is_autocast_enabled("cpu")
+
+
+# ---- against a run on this machine
+
+
+def run_on_this_machine(tmp_path, every, optim="adamw_torch", rows=2, length=64):
+    machine = env.profile()
+    dtype = machine.compute_dtype
+    settings = sft(
+        rows,
+        length,
+        dtype,
+        every,
+        optim=optim,
+        output_dir=str(tmp_path),
+        max_steps=2,
+        use_cpu=machine.use_cpu,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    quantization = nf4(dtype=dtype)
+    base = models.random_llama("tiny", quantization)
+    model = get_peft_model(base, lora())
+    ids = torch.randint(0, 1000, (2 * rows, length)).tolist()
+    data = Dataset.from_dict({"input_ids": ids})
+    tokenizer = AutoTokenizer.from_pretrained(embedded_dir())
+    trainer = train.build_trainer(model, tokenizer, data, settings)
+    configs = (base.config, quantization, lora(), settings)
+    return trainer, memory.predict(*configs, Extras(device=machine.device.type))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_predicted_is_what_a_run_takes(tmp_path, every):
+    trainer, predicted = run_on_this_machine(tmp_path, every)
+    measured = memory.measure(trainer)
+    assert predicted.peak == pytest.approx(measured["peak"], rel=0.02)
+    assert predicted.kinds["base weights"] == measured["base model"]
+    assert predicted.kinds["adapters"] == measured["adapters"]
+    assert predicted.kinds["optimizer"] == measured["optimizer"]
+    parts = ("base model", "adapters", "optimizer", "passing")
+    assert measured["peak"] == sum(measured[kind] for kind in parts)
+
+
+def test_states_in_8_bits(tmp_path):
+    """Also: without a GPU nothing is paged."""
+    trainer, predicted = run_on_this_machine(tmp_path, 1, "paged_adamw_8bit")
+    trainer.train()
+    states = memory.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
+    if env.profile().use_cpu:
+        assert predicted.paged == 0
+        assert predicted.kinds["optimizer"] == states
+
+
+def test_only_large_tensors_are_paged():
+    small = memory.predict("8B", nf4(), lora(target_modules=["q_proj"], r=24), sft())
+    large = memory.predict("8B", nf4(), lora(target_modules=["q_proj"], r=25), sft())
+    assert small.paged == 0  # 24 x 4096 numbers are fewer than 100,000
+    assert large.paged == 32 * 2 * (2 * 25 * 4096)  # both matrices, both states
+
+
+def test_weights_of_a_real_model_to_the_byte():
+    for double in (True, False):
+        dtype = env.profile().compute_dtype
+        base = models.random_llama("tiny", nf4(double, dtype))
+        predicted = memory.predict(
+            base.config, nf4(double, dtype), lora(), sft(dtype=dtype), CPU
+        )
+        measured = sum(memory.tensor_bytes(p) for p in base.parameters())
+        assert sum(predicted.weights.values()) == measured
+
+
+# ---- what cannot be predicted
+
+
+@pytest.mark.parametrize(
+    ("configs", "error", "words"),
+    [
+        (("9B", *Q, sft()), ValueError, "shape '9B' is unknown"),
+        ((GPT2Config(), *Q, sft()), TypeError, "GPT2Config, expected a LlamaConfig"),
+        (("1B", *Q, None), TypeError, "sft_config is missing"),
+        (("1B", *Q, sft(rows=-1)), ValueError, "batch_size is -1, expected"),
+        (("1B", *Q, sft(length=None)), ValueError, "max_length is None, expected"),
+        (("1B", nf4(), None, sft()), ValueError, "4-bit weights cannot train"),
+        (
+            ("1B", BitsAndBytesConfig(load_in_8bit=True), lora(), sft()),
+            ValueError,
+            "not 4-bit",
+        ),
+        (("1B", *Q, sft(dtype=torch.float16)), ValueError, "make them the same"),
+        (
+            ("1B", *Q, sft(optim="adafactor")),
+            ValueError,
+            "'adafactor' is not predicted",
+        ),
+        (
+            ("1B", nf4(), lora(target_modules=["c_attn"]), sft()),
+            ValueError,
+            "expected 'all-linear' or names of",
+        ),
+        (("1B", nf4(), lora(use_dora=True), sft()), ValueError, "use_dora is set"),
+        (
+            ("1B", None, lora(), sft(), Extras(kbit_casts=True)),
+            ValueError,
+            "for 4-bit models",
+        ),
+        (
+            ("1B", *Q, sft(), Extras(device="mps")),
+            ValueError,
+            "extras.device is 'mps'",
+        ),
+        (
+            ("1B", *Q, sft(gradient_checkpointing_kwargs={"offload": True})),
+            ValueError,
+            "offload.* is not predicted",
+        ),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(configs, error, words):
+    with pytest.raises(error, match=words):
+        memory.predict(*configs)
+
+
+def test_a_switch_that_was_set_too_late_is_told():
+    settings = sft()
+    if not hasattr(settings, "activation_checkpointing"):
+        pytest.skip("this transformers has one name for it")
+    settings.gradient_checkpointing = False  # the trainer reads the other one
+    with pytest.raises(ValueError, match="contradicts itself"):
+        memory.predict("1B", *Q, settings)
+
+
+# ---- will it fit
+
+
+def test_a_model_that_fits():
+    answer = fit.will_it_fit("meta-llama/Llama-3.1-8B", gpu_gib=15)
+    assert answer.fits
+    assert str(answer).startswith(
+        "meta-llama/Llama-3.1-8B, QLoRA, 1 x 512 tokens: fits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "change", "words"),
+    [
+        (("8B", 16, "lora", 1, 512), ("8B", 16, "qlora", 1, 512), "with QLoRA"),
+        (("8B", 8, "qlora", 8, 1024), ("8B", 8, "qlora", 1, 1024), "1 row at a time"),
+    ],
+)
+def test_the_change_it_proposes_works(given, change, words):
+    answer = fit.will_it_fit(*given)
+    assert not answer.fits
+    assert words in answer.sentence
+    assert fit.will_it_fit(*change).fits
+
+
+def test_the_length_it_proposes_is_the_longest():
+    answer = fit.will_it_fit("8B", 8, "qlora", 1, 16384)
+    said = answer.sentence.partition("rows of at most ")[2].partition(" ")[0]
+    length = int(said.replace(",", ""))
+    assert fit.will_it_fit("8B", 8, "qlora", 1, length).fits
+    assert not fit.will_it_fit("8B", 8, "qlora", 1, length + 64).fits
+
+
+def test_nothing_fits():
+    answer = fit.will_it_fit("70B", 24)
+    assert not answer.fits
+    assert answer.sentence.endswith("Take a smaller model or a larger card.")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("9B", 15), "neither 'embedded', nor a directory here, nor a Hub id"),
+        (("8B", 0), "gpu_gib is 0"),
+        (("8B", 15, "dora"), "method 'dora' is unknown"),
+        (("8B", 15, "qlora", -1), "per_device_train_batch_size is -1"),
+    ],
+)
+def test_bad_questions_get_clear_answers(given, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        fit.will_it_fit(*given)
