@@ -76,8 +76,6 @@ def optimizer_bytes(plan: Plan) -> tuple[int, int]:
     """Bytes of Adam's states: (counted by torch, in managed memory)."""
     cuda, size = plan.extras.device == "cuda", OPTIMIZERS[plan.optim]
     up, held, paged = rounding(plan.extras.device), 0, 0
-    if size == 1:
-        held += 2 * 256 * 4  # the codes of the two states, shared by all
     for count in trained_tensors(plan):
         if size is None:
             held += 2 * up(count * trained_itemsize(plan)) + up(4)  # and its step
@@ -89,6 +87,8 @@ def optimizer_bytes(plan: Plan) -> tuple[int, int]:
         else:
             held += states
         held += 2 * up(4 * -(-count // 256)) if eight_bit else 0
+    if size == 1 and max(trained_tensors(plan)) >= EIGHT_BIT_SMALLEST:
+        held += 2 * 256 * 4  # the codes of the two states, shared by all
     return held, paged
 
 
@@ -132,11 +132,18 @@ def _casts_inputs(plan: Plan) -> bool:
     return bool(plan.targets) and plan.compute < trained_itemsize(plan) and not asks
 
 
+def _mask(plan) -> int:
+    """Bytes of one number of a dropout's mask, which a CPU keeps as a number."""
+    if not plan.dropout or plan.extras.device == "cuda":
+        return int(plan.dropout)
+    return 4 if _casts_inputs(plan) else plan.compute
+
+
 def _kept_input(plan, users) -> int:
     """Bytes of one number of what `users` adapters multiply."""
     c = plan.compute
-    if plan.dropout:  # each its own, with a mask
-        return users * (c + (1 if plan.extras.device == "cuda" else c))
+    if plan.dropout:  # each its own
+        return users * (c + _mask(plan))
     return c * (users if _casts_inputs(plan) or stream(plan) != c else min(users, 1))
 
 
@@ -145,9 +152,12 @@ def activation_bytes(plan: Plan) -> tuple[int, int, int]:
     config, tokens = plan.config, plan.rows * plan.length
     layers, layer = config.num_hidden_layers, layer_bytes(plan)
     checkpoint = stream(plan) * config.hidden_size * tokens
-    norm = (4 * config.hidden_size + 4) * tokens
-    if not plan.every:  # frozen embeddings: nothing goes back through the first norm
-        return layers * layer - (norm if plan.targets else 0), 0, layer
+    if not plan.every:
+        kept = layers * layer
+        if plan.targets:  # frozen embeddings: nothing goes back through the first norm
+            users = len({"q_proj", "k_proj", "v_proj"} & set(plan.targets))
+            kept -= (config.hidden_size * (4 + users * _mask(plan)) + 4) * tokens
+        return kept, 0, layer
     checkpointed = -(-layers // plan.every)
     kept = checkpointed * checkpoint + (layers - checkpointed) * layer
     again = layer - (checkpoint if stream(plan) == 4 else 0)  # the norm's input is it
@@ -181,7 +191,8 @@ def loss_bytes(plan: Plan) -> tuple[int, int]:
     held = c * HEAD_VOCAB * at_once  # the tile
     held += (4 + (e if e < 4 else 0)) * h * labels  # its gradient, then as it came
     if plan.extras.device == "cpu":  # many operations on the tile, not one kernel
-        held += 29 * width * at_once
+        product = 4 * width * (at_once + h) if c < 4 else 0  # of fp32 copies
+        held += max(29 * width * at_once, product)
     if e != c:
         held += 2 * c * width * h + c * h * at_once
     return held + 4 * gradient // c, gradient

@@ -160,8 +160,8 @@ def test_a_rehearsal_leaves_no_trace():
 # ---- against a run on this machine
 
 
-def run_on_this_machine(tmp_path, every, optim="adamw_torch", rows=2, length=64):
-    machine = env.profile()
+def run_on_this_machine(tmp_path, every, optim="adamw_torch", r=16, length=64):
+    machine, rows = env.profile(), 2
     dtype = machine.compute_dtype
     settings = sft(
         rows,
@@ -179,12 +179,12 @@ def run_on_this_machine(tmp_path, every, optim="adamw_torch", rows=2, length=64)
     )
     quantization = nf4(dtype=dtype)
     base = models.random_llama("tiny", quantization)
-    model = get_peft_model(base, lora())
+    model = get_peft_model(base, lora(r=r))
     ids = torch.randint(0, 1000, (2 * rows, length)).tolist()
     data = Dataset.from_dict({"input_ids": ids})
     tokenizer = AutoTokenizer.from_pretrained(embedded_dir())
     trainer = train.build_trainer(model, tokenizer, data, settings)
-    configs = (base.config, quantization, lora(), settings)
+    configs = (base.config, quantization, lora(r=r), settings)
     return trainer, memory.predict(*configs, Extras(device=machine.device.type))
 
 
@@ -202,7 +202,7 @@ def test_predicted_is_what_a_run_takes(tmp_path, every):
 
 def test_states_in_8_bits(tmp_path):
     """Also: without a GPU nothing is paged."""
-    trainer, predicted = run_on_this_machine(tmp_path, 1, "paged_adamw_8bit")
+    trainer, predicted = run_on_this_machine(tmp_path, 1, "paged_adamw_8bit", 64)
     trainer.train()
     states = memory.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
     if env.profile().use_cpu:
