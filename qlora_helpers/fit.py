@@ -3,8 +3,6 @@
 import copy
 from typing import NamedTuple
 
-from transformers import LlamaConfig
-
 from . import env, memory, models, train
 
 # What CUDA takes beside torch's tensors, in GiB: an ESTIMATE, until measured.
@@ -81,19 +79,22 @@ def longest(fits, most) -> int:
     return low
 
 
-def configs(config: LlamaConfig, method, batch, length):
-    """The recipe's configs on a bf16 GPU, as memory.predict takes them."""
-    machine = env.elsewhere("bf16")
+def configs(config, method, batch, length, every=1, machine=None):
+    """The recipe's configs on a bf16 GPU, as memory.predict takes them.
+
+    every: each how-manieth layer is checkpointed; 0: none. machine: another profile.
+    """
+    machine = machine or env.elsewhere("bf16")
     settings = train.sft_config(machine, "never_written", 1, batch, 2e-4)
     settings.max_length = length
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        setattr(settings, name, every > 0)
+        details = {"use_reentrant": False, "every_n_layers": every} if every else None
+        setattr(settings, f"{name}_kwargs", details)
     if method == "full":
         settings.optim = "adamw_torch"
     config = copy.deepcopy(config)
     config.dtype = machine.compute_dtype
     quantization = train.nf4_config(machine) if method == "qlora" else None
-    return (
-        config,
-        quantization,
-        train.lora_config() if method != "full" else None,
-        settings,
-    )
+    adapters = None if method == "full" else train.lora_config()
+    return config, quantization, adapters, settings

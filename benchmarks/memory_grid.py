@@ -1,0 +1,187 @@
+"""Measure the peak memory of training runs whose peaks were predicted before.
+
+    python benchmarks/memory_grid.py predict    # on any machine, then commit the file
+    python benchmarks/memory_grid.py            # on an NVIDIA GPU of 140 GB
+
+`predict` writes benchmarks/memory_grid_predicted.json, the predictions as they stood
+before any of these runs was made; the second writes data/measured/memory_grid.json.
+Random weights take the same memory as trained ones. Runs with a cap hold torch to so
+many GiB: that proves the fit, not the speed of such a card.
+"""
+
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+from qlora_helpers import embedded, env, fit, memory, models, recorded, train
+
+PREDICTED = pathlib.Path(__file__).with_name("memory_grid_predicted.json")
+STEPS = 3  # the optimizer's states are there from the second on
+# (shape, method, tokens of a row, rows, each how-manieth layer is checkpointed)
+GRID = [
+    ("1B", "qlora", 512, 1, 1),
+    ("1B", "qlora", 8192, 8, 1),
+    ("1B", "qlora", 2048, 4, 0),
+    ("1B", "lora", 1024, 8, 1),
+    ("1B", "lora", 2048, 8, 0),
+    ("1B", "full", 2048, 2, 1),
+    ("1B", "full", 1024, 8, 0),
+    ("3B", "qlora", 2048, 2, 1),
+    ("3B", "qlora", 8192, 4, 1),
+    ("3B", "qlora", 1024, 8, 0),
+    ("3B", "lora", 4096, 4, 1),
+    ("3B", "lora", 2048, 2, 0),
+    ("3B", "full", 2048, 4, 1),
+    ("8B", "qlora", 512, 1, 1),
+    ("8B", "qlora", 2048, 8, 1),
+    ("8B", "qlora", 8192, 8, 1),
+    ("8B", "qlora", 2048, 4, 0),
+    ("8B", "qlora", 4096, 2, 0),
+    ("8B", "qlora", 4096, 4, 2),
+    ("8B", "lora", 1024, 4, 1),
+    ("8B", "lora", 8192, 8, 1),
+    ("8B", "lora", 2048, 4, 0),
+    ("8B", "full", 1024, 2, 1),
+    ("8B", "full", 8192, 2, 1),
+    ("13B", "qlora", 512, 4, 1),
+    ("13B", "qlora", 4096, 8, 1),
+    ("13B", "qlora", 2048, 2, 0),
+    ("13B", "lora", 4096, 4, 1),
+    ("34B", "qlora", 1024, 1, 1),
+    ("34B", "qlora", 8192, 4, 1),
+    ("34B", "qlora", 2048, 1, 0),
+    ("34B", "lora", 2048, 4, 1),
+    ("70B", "qlora", 512, 1, 1),
+    ("70B", "qlora", 4096, 8, 1),
+    ("70B", "qlora", 1024, 2, 0),
+]
+# (shape, method, tokens, rows, each, cap in GiB, profile): the headlines
+CAPPED = [
+    ("65B", "qlora", 512, 1, 1, 48, "bf16"),
+    ("70B", "qlora", 512, 1, 1, 48, "bf16"),
+    ("13B", "qlora", 1024, 1, 1, 16, "bf16"),
+    ("34B", "qlora", 1024, 1, 1, 24, "bf16"),
+    ("8B", "qlora", 2048, 1, 1, 15, "fp16"),
+]
+FIELDS = ("shape", "method", "length", "rows", "every", "cap_gib", "profile")
+
+
+def runs() -> list[dict]:
+    """All runs, the settings of each by name."""
+    free = [(*run, None, "bf16") for run in GRID]
+    return [dict(zip(FIELDS, run, strict=True)) for run in [*free, *CAPPED]]
+
+
+def configs(run, machine):
+    """What a run trains with, as memory.predict takes it."""
+    config, quantization, lora, settings = fit.configs(
+        models.llama_config(run["shape"]),
+        run["method"],
+        run["rows"],
+        run["length"],
+        run["every"],
+        machine,
+    )
+    settings.max_steps, settings.report_to = STEPS, []
+    return config, quantization, lora, settings
+
+
+def predict(run) -> dict:
+    """A run with its predicted bytes, in GiB."""
+    found = memory.predict(*configs(run, env.elsewhere(run["profile"])))
+    kinds = {kind: round(size / env.GIB, 4) for kind, size in found.kinds.items()}
+    return {
+        **run,
+        "predicted_gib": round(found.peak / env.GIB, 4),
+        "predicted_weights_gib": round(sum(found.weights.values()) / env.GIB, 4),
+        "moment": found.moment,
+        "kinds_gib": kinds,
+    }
+
+
+def measure(group: list[dict]) -> None:
+    """Train each run of a group, of one shape and method; print a row for each.
+
+    Runs without checkpointing come first: it leaves a hook on the model.
+    """
+    env.quiet()
+    machine = env.profile()
+    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    cap = group[0]["cap_gib"]
+    if cap and not machine.use_cpu:
+        whole = torch.cuda.get_device_properties(machine.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap * env.GIB / whole)
+    _, quantization, lora, _ = configs(group[0], machine)
+    model = models.random_llama(group[0]["shape"], quantization)
+    model = get_peft_model(model, lora) if lora else model.requires_grad_(True)
+    for run in sorted(group, key=lambda run: run["every"] > 0):
+        settings = configs(run, machine)[3]
+        settings.output_dir = str(env.cache_dir() / "benchmark_memory")
+        shape = (STEPS * run["rows"], run["length"])
+        data = {"input_ids": torch.randint(0, 1000, shape).tolist()}
+        try:
+            trainer = train.build_trainer(
+                model, tokenizer, Dataset.from_dict(data), settings
+            )
+            found = memory.measure(trainer)
+            row = {
+                f"{kind.replace(' ', '_')}_gib": round(size / env.GIB, 4)
+                for kind, size in found.items()
+            }
+            seconds = trainer.state.log_history[-1]["train_runtime"]
+            row["seconds_per_step"] = round(seconds / STEPS, 3)
+            if not machine.use_cpu:
+                free, whole = torch.cuda.mem_get_info()
+                beside = whole - free - torch.cuda.memory_reserved()
+                row["context_gib"] = round(beside / env.GIB, 3)
+            del trainer
+        except torch.OutOfMemoryError as error:
+            row = {"out_of_memory": str(error).splitlines()[0][:200]}
+        for parameter in model.parameters():
+            parameter.grad = None
+        gc.collect()
+        if not machine.use_cpu:
+            torch.cuda.empty_cache()
+        print(json.dumps({**run, **row}), flush=True)
+
+
+def main() -> None:
+    committed = json.loads(PREDICTED.read_text("utf-8"))["rows"]
+    before = {tuple(row[name] for name in FIELDS): row for row in committed}
+    groups = {}
+    for run in runs():
+        key = run["shape"], run["method"], run["cap_gib"], run["profile"]
+        groups.setdefault(key, []).append(run)
+    rows = []
+    for group in groups.values():
+        done = subprocess.run(  # a process each: a cap and a profile are a process's
+            [sys.executable, __file__, "measure", json.dumps(group)],
+            env={**os.environ, "QLORA_PROFILE": group[0]["profile"]},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        for row in map(json.loads, lines):
+            known = before[tuple(row[name] for name in FIELDS)]
+            rows.append({**known, **row})
+            print(rows[-1], flush=True)
+        recorded.write("memory_grid", recorded.facts(), rows)  # nothing is lost
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        measure(json.loads(sys.argv[2]))
+    elif sys.argv[1:2] == ["predict"]:
+        text = json.dumps({"rows": [predict(run) for run in runs()]}, indent=1)
+        PREDICTED.write_text(text + "\n", encoding="utf-8")
+    else:
+        main()
