@@ -14,18 +14,19 @@ from qlora_helpers import env
 JOURNAL = env.ROOT / "my_course" / "journal.jsonl"
 
 
-def compare(id, predicted, measured, unit="", digits=3) -> None:
+def compare(id, predicted, measured, unit="", digits=3, by="measured") -> None:
     """Print a predicted number, the measured one, and their ratio.
 
     `predicted` is `...` as long as there is no guess. Both numbers may be a Python
     number, a numpy scalar or a tensor of one element; `digits` are significant ones.
+    `by` says how the second was found, where it was not measured ("rehearsed").
 
     Raises ValueError for an id that is not like "02.bits", TypeError for no number.
     """
     _check_id(id)
     measured = _number(id, "measured", measured)
     unit = f" {unit}" if unit else ""
-    shown = f"measured {_text(measured, digits)}{unit}"
+    shown = f"{by} {_text(measured, digits)}{unit}"
     if predicted is ...:
         print(f"{id}: no prediction yet, {shown}")
         _write(id, "compare", predicted=None, measured=measured, unit=unit.strip())
@@ -36,11 +37,12 @@ def compare(id, predicted, measured, unit="", digits=3) -> None:
     _write(id, "compare", predicted=predicted, measured=measured, unit=unit.strip())
 
 
-def choose(id, predicted, answer, options) -> None:
+def choose(id, predicted, answer, options, by="measurement") -> None:
     """Print whether the chosen option is the one that the measurement shows.
 
     `options` is a list (its letters are a, b, c, ...) or a dict from letter to text;
-    `predicted` is one of the letters, or `...` as long as there is no guess.
+    `predicted` is one of the letters, or `...` as long as there is no guess. `by` says
+    what shows the answer, where it is no measurement ("rehearsal").
 
     Raises ValueError for an id that is not like "02.saves" or a letter that is not
     among the options.
@@ -56,7 +58,7 @@ def choose(id, predicted, answer, options) -> None:
                 f"{', '.join(map(repr, options))}"
                 + (", or ... for no guess yet" if name == "predicted" else "")
             )
-    shown = f"the measurement shows {answer} ({options[answer]})"
+    shown = f"the {by} shows {answer} ({options[answer]})"
     if predicted is ...:
         print(f"{id}: no prediction yet, {shown}")
         _write(id, "choose", predicted=None, measured=answer)

@@ -12,7 +12,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from . import memory, quant, records, sql
+from . import fit, memory, models, quant, records, sql
 from .embedded import embedded_dir
 
 
@@ -184,6 +184,31 @@ def check_adapter_gradients(adapter_gradients) -> bool:
         expected = torch.autograd.grad(y, ours, grad)
         cases.append(((x, A, B, 0.5, grad), tuple(expected)))
     return _try("exercise 03.2", adapter_gradients, cases, _near)
+
+
+def check_tokens_until(tokens_until) -> bool:
+    """Exercise 04.1: where the plain loss takes more than the base model."""
+    cases = []
+    for shape in ("1B", "8B", "13B", "70B"):
+        config, *run = fit.configs(models.llama_config(shape), "qlora", 1, 512)
+        size = sum(memory.predict(config, *run).weights.values())
+        one = 12 * config.vocab_size
+        cases.append(((config.vocab_size, size), size // one + 1))
+    return _try("exercise 04.1", tokens_until, cases)
+
+
+def check_on_paper(on_paper) -> bool:
+    """Exercise 04.2: the first layer's moment on paper, within 2 % of the predictor."""
+    cases = []
+    for shape, tokens in (("13B", 256), ("13B", 4096), ("65B", 2048)):
+        config, *run = fit.configs(models.llama_config(shape), "qlora", 1, tokens)
+        sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        moments = memory.predict(config, *run).moments
+        at = sum(moments["first layer: backward, down_proj"].values())
+        cases.append(((*sizes, config.vocab_size, tokens), at))
+    return _try(
+        "exercise 04.2", on_paper, cases, lambda a, b: 0.98 * b <= a <= 1.02 * b
+    )
 
 
 def check_lora_parameters(count) -> bool:

@@ -37,17 +37,15 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
-    if not gpu_gib > 0:
-        raise ValueError(f"gpu_gib is {gpu_gib}, expected the card's memory in GiB")
     config = models.config_of(model)
-    room = (gpu_gib - CONTEXT_GIB) * env.GIB / MARGIN
+    room = _room(gpu_gib)
 
     def peak(method, batch, length):
         return memory.predict(*configs(config, method, batch, length)).peak
 
     prediction = memory.predict(*configs(config, method, batch, length))
     fits = prediction.peak <= room
-    name = model if isinstance(model, str) else f"a Llama of {config.hidden_size}"
+    name = model if isinstance(model, str) else f"a Llama of width {config.hidden_size}"
     sentence = (
         f"{name}, {METHODS[method]}, {batch} x {length:,} tokens: "
         f"{'fits' if fits else 'does not fit'}: torch takes "
@@ -57,9 +55,9 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
     if not fits:
         changes = []
         if peak(method, 1, length) <= room:
-            changes.append(f"1 row at a time, {batch} accumulated")
-        elif shorter := longest(lambda n: peak(method, 1, 64 * n) <= room, length / 64):
-            changes.append(f"rows of at most {64 * shorter:,} tokens, 1 at a time")
+            changes.append("1 row at a time")
+        elif shorter := longest_row(config, gpu_gib, method):
+            changes.append(f"rows of at most {shorter:,} tokens, 1 at a time")
         if method != "qlora" and peak("qlora", batch, length) <= room:
             changes.append("QLoRA")
         sentence += (
@@ -70,13 +68,25 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
     return Fit(fits, sentence, prediction)
 
 
-def longest(fits, most) -> int:
-    """The largest whole number up to `most` for which `fits` holds; 0 for none."""
-    low, high = 0, int(most) + 1
+def longest_row(model, gpu_gib, method="qlora") -> int:
+    """Tokens of the longest row that fits, one at a time; 0 if 64 do not.
+
+    In steps of 64, up to what the model was made for. Takes what will_it_fit takes.
+    """
+    config, room = models.config_of(model), _room(gpu_gib)
+    low, high = 0, config.max_position_embeddings // 64 + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        peak = memory.predict(*configs(config, method, 1, 64 * middle)).peak
+        low, high = (middle, high) if peak <= room else (low, middle)
+    return 64 * low
+
+
+def _room(gpu_gib) -> float:
+    """Bytes that a predicted peak may take."""
+    if not gpu_gib > 0:
+        raise ValueError(f"gpu_gib is {gpu_gib}, expected the card's memory in GiB")
+    return (gpu_gib - CONTEXT_GIB) * env.GIB / MARGIN
 
 
 def configs(config, method, batch, length, every=1, machine=None):
@@ -87,12 +97,15 @@ def configs(config, method, batch, length, every=1, machine=None):
     machine = machine or env.elsewhere("bf16")
     settings = train.sft_config(machine, "never_written", 1, batch, 2e-4)
     settings.max_length = length
+    details = {"use_reentrant": False} if every else None
+    if every > 1:
+        details["every_n_layers"] = every
     for name in ("gradient_checkpointing", "activation_checkpointing"):
-        setattr(settings, name, every > 0)
-        details = {"use_reentrant": False, "every_n_layers": every} if every else None
-        setattr(settings, f"{name}_kwargs", details)
+        if hasattr(settings, name):  # the second is new in transformers 5.17
+            setattr(settings, name, every > 0)
+            setattr(settings, f"{name}_kwargs", details)
     if method == "full":
-        settings.optim = "adamw_torch"
+        settings.optim = "adamw_torch_fused"  # transformers' default
     config = copy.deepcopy(config)
     config.dtype = machine.compute_dtype
     quantization = train.nf4_config(machine) if method == "qlora" else None

@@ -92,6 +92,15 @@ def optimizer_bytes(plan: Plan) -> tuple[int, int]:
     return held, paged
 
 
+def step_bytes(plan: Plan) -> int:
+    """What torch's AdamW holds for all tensors at once while it steps.
+
+    Without `fused`, on a GPU. Source: torch/optim/adam.py, _multi_tensor_adam.
+    """
+    all_at_once = plan.optim == "adamw_torch" and plan.extras.device == "cuda"
+    return gradient_bytes(plan) if all_at_once else 0
+
+
 def stream(plan: Plan) -> int:
     """Bytes of a number between the layers: fp32 after the casts of kbit training."""
     return 4 if plan.extras.kbit_casts else plan.compute
@@ -172,8 +181,6 @@ def end_bytes(plan: Plan) -> int:
     token = 4 * config.hidden_size + 4
     if not (plan.full_logits and plan.targets):  # the fused loss keeps its input
         token += e * config.hidden_size
-    if plan.full_logits:  # log-probabilities in fp32
-        token += 4 * config.vocab_size
     if not plan.targets:
         token += plan.compute * config.hidden_size
     return token * plan.rows * plan.length + 2 * e * head * plan.length
@@ -184,8 +191,8 @@ def loss_bytes(plan: Plan) -> tuple[int, int]:
     config, c, e = plan.config, plan.compute, stream(plan)
     h, vocab = config.hidden_size, config.vocab_size
     gradient = 0 if plan.targets else c * vocab * h
-    if plan.full_logits:  # two gradients in fp32
-        return 8 * vocab * plan.rows * plan.length, gradient
+    if plan.full_logits:  # log-probabilities and two gradients, in fp32
+        return 12 * vocab * plan.rows * plan.length, gradient
     labels = plan.rows * (plan.length - 1)
     at_once, width = min(HEAD_TOKENS, labels), min(HEAD_VOCAB, vocab)
     held = c * HEAD_VOCAB * at_once  # the tile

@@ -66,32 +66,41 @@ def predict(
     kept, last, first = formulas.activation_bytes(plan)
     ends = formulas.end_bytes(plan)
     in_loss, of_head = formulas.loss_bytes(plan)
+    # tied: the head's gradient waits for the embedding's, then their sum is made
+    tied = plan.config.tie_word_embeddings
+    begun = of_head + gradients // plan.config.num_hidden_layers
+    ending = gradients - (0 if tied else of_head)
+    if plan.accumulates:  # from the second batch on they are there all the time
+        of_head = begun = ending = gradients
     moments = {
         "the loss, backward": {
             "activations": kept + ends,
             "logits and loss": in_loss,
             "gradients": of_head,
-        },
-        "the optimizer's step": {"gradients": gradients},
-    }
-    # tied: the head's gradient waits for the embedding's, then their sum is made
-    tied, begun = plan.config.tie_word_embeddings, of_head
-    if not plan.targets:
-        moments["the embedding, backward"] = {
-            "gradients": gradients + (2 * of_head if tied else 0)
         }
-    begun += gradients // plan.config.num_hidden_layers
-    ending = gradients - (0 if tied else of_head)
-    for part, (extra, scratch) in formulas.turning_bytes(plan).items():
-        places = [("last layer", kept + last, begun), ("first layer", first, ending)]
-        if part.startswith("forward") and not plan.every:
-            places = places[:1]  # the first is not gone through again
-        for layer, held, of_layers in places:
+    }
+    turns = formulas.turning_bytes(plan).items()
+    for layer, held, of_layers in [
+        ("last layer", kept + last, begun),
+        ("first layer", first, ending),
+    ]:
+        for part, (extra, scratch) in turns:
             moments[f"{layer}: {part}"] = {
                 "activations": held + extra,
                 "dequantized weight": scratch,
                 "gradients": of_layers,
             }
+    if not plan.every:  # it is not gone through again
+        del moments["first layer: forward, down_proj"]
+    if not plan.targets:
+        table = formulas.loss_bytes(plan)[1]
+        moments["the embedding, backward"] = {
+            "gradients": gradients + (2 * table if tied else 0)
+        }
+    moments["the optimizer's step"] = {
+        "gradients": gradients,
+        "square roots": formulas.step_bytes(plan),
+    }
     always = {
         "base weights": sum(weights.values()),
         "adapters": gradients if plan.targets else 0,  # gradients have their size
@@ -99,7 +108,8 @@ def predict(
         "workspaces": WORKSPACES if plan.extras.device == "cuda" else 0,
     }
     moments = {name: always | kinds for name, kinds in moments.items()}
-    return Prediction(weights, kept + ends, moments, paged)
+    log_probabilities = in_loss // 3 if plan.full_logits else 0
+    return Prediction(weights, kept + ends + log_probabilities, moments, paged)
 
 
 def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:

@@ -1,11 +1,16 @@
 """A training run as its configs describe it, read once, contradictions refused."""
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig
 
-from . import models
+from . import env, models
+
+# From 1.15 on TRL's loss never makes all logits at once; the formulas are of this one,
+# with transformers 5.17 and PEFT 0.21 beside it.
+FUSED_LOSS = env.version_tuple(env.versions(["trl"])["trl"]) >= (1, 15)
 
 # bytes of each of Adam's two states for one number; None: in the tensor's own dtype
 OPTIMIZERS = {
@@ -22,7 +27,7 @@ class Extras(NamedTuple):
     """What changes a run's bytes and stands in none of the libraries' configs."""
 
     device: str = "cuda"  # where it will run, "cuda" or "cpu"
-    full_logits: bool = False  # a loss on all logits at once: not TRL's own
+    full_logits: bool = False  # a loss on all logits at once; always so before TRL 1.15
     kbit_casts: bool = False  # prepare_model_for_kbit_training was called
     adapter_dtype: torch.dtype = torch.float32  # TRL left alone takes bf16
 
@@ -42,12 +47,19 @@ class Plan(NamedTuple):
     compute: int  # bytes of a number in the compute dtype
     optim: str
     full_logits: bool
+    accumulates: bool  # gradients of several batches before a step
     extras: Extras
 
 
 def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     """The run that the configs describe; raises for what `predict` cannot predict."""
     extras = extras or Extras()
+    if not FUSED_LOSS:
+        warnings.warn(
+            "the byte formulas are those of TRL 1.15 and later: this older one keeps "
+            "more than they say",
+            stacklevel=3,
+        )
     config = model_config
     if isinstance(config, str):
         config = models.llama_config(config)
@@ -98,7 +110,10 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         every=every,
         compute=dtype.itemsize,
         optim=optim,
-        full_logits=extras.full_logits or sft_config.label_smoothing_factor > 0,
+        full_logits=extras.full_logits
+        or sft_config.label_smoothing_factor > 0
+        or not FUSED_LOSS,
+        accumulates=sft_config.gradient_accumulation_steps > 1,
         extras=extras,
     )
 

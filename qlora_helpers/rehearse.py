@@ -11,17 +11,19 @@ from unittest import mock
 
 import torch
 import transformers.models.llama.modeling_llama as modeling_llama
-import trl.kernels.chunked_logprob as head
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
-from trl.trainer.utils import add_fused_lm_head
 
 from . import formulas, memory, models
-from .plan import read
+from .plan import FUSED_LOSS, read
+
+if FUSED_LOSS:
+    import trl.kernels.chunked_logprob as head
+    from trl.trainer.utils import add_fused_lm_head
 
 
 def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extras=None):
@@ -42,9 +44,8 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
         model.train()
         if plan.every:
             inner = model.get_base_model() if lora_config else model
-            inner.gradient_checkpointing_enable(
-                {"use_reentrant": False}, every_n_layers=plan.every
-            )
+            more = {"every_n_layers": plan.every} if plan.every > 1 else {}
+            inner.gradient_checkpointing_enable({"use_reentrant": False}, **more)
             inner.enable_input_require_grads()
         ids = torch.zeros(plan.rows, plan.length, dtype=torch.long)
         fused = {} if plan.full_logits else {"fused_lm_head": True}
@@ -72,7 +73,8 @@ def _as_on(gpu, dtype):
         stack.enter_context(no_mask)
         if gpu:
             # TRL's Triton kernels work in place; their stand-ins for a CPU do not.
-            for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+            inside = ("_forward_tile", "_backward_tile", "_addmm_fp32")
+            for name in inside if FUSED_LOSS else ():
                 stack.enter_context(mock.patch.object(head, name, lambda *_, **__: 0))
             # PEFT asks for CUDA's autocast alone, and casts where it is off.
             before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -94,7 +96,8 @@ def _skeleton(plan, bnb_config, lora_config, dtype):
             quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
             quantizer.postprocess_model(model)
             model.hf_quantizer = quantizer
-    add_fused_lm_head(model)
+    if FUSED_LOSS:
+        add_fused_lm_head(model)
     if lora_config is None:
         return model.requires_grad_(True)
     return get_peft_model(model, lora_config, low_cpu_mem_usage=True)

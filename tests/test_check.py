@@ -45,6 +45,16 @@ def test_compare_prints_one_line(predicted, measured, unit, line, capsys):
     assert capsys.readouterr().out == f"02.bits: {line}\n"
 
 
+def test_what_was_not_measured_is_not_called_so(capsys):
+    check.compare("04.kept", 1, 11.4, "GiB", by="rehearsed")
+    check.choose("04.kbit", "a", "b", ["nothing", "more"], by="calculation")
+    assert capsys.readouterr().out == (
+        "04.kept: predicted 1 GiB, rehearsed 11.4 GiB, ratio 0.0877\n"
+        "04.kbit: predicted a (nothing), the calculation shows b (more): "
+        "not as predicted\n"
+    )
+
+
 @pytest.mark.parametrize("predicted", ["4", None, True, [4], torch.ones(2)])
 def test_compare_refuses_what_is_no_number(predicted):
     with pytest.raises(TypeError, match=r"02\.bits: predicted is .* expected one num"):

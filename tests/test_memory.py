@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import trl.kernels.chunked_logprob as head
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, GPT2Config
@@ -10,9 +9,12 @@ from trl import SFTConfig
 
 from qlora_helpers import env, fit, memory, models, rehearse, train
 from qlora_helpers.embedded import embedded_dir
-from qlora_helpers.plan import Extras
+from qlora_helpers.plan import FUSED_LOSS, Extras
 
 CPU = Extras(device="cpu")
+pytestmark = pytest.mark.skipif(
+    not FUSED_LOSS, reason="the formulas are those of TRL 1.15 and later"
+)
 
 
 def nf4(double=True, dtype=torch.bfloat16):
@@ -150,9 +152,11 @@ def test_predicted_is_what_the_libraries_allocate(run):
 
 
 def test_a_rehearsal_leaves_no_trace():
-    tile = head._forward_tile
+    mask = rehearse.modeling_llama.create_causal_mask
+    tile = rehearse.head._forward_tile
     rehearse.step(*RUNS["fp16"])
-    assert head._forward_tile is tile
+    assert rehearse.modeling_llama.create_causal_mask is mask
+    assert rehearse.head._forward_tile is tile
     assert not torch.is_autocast_enabled("cuda")
     assert not torch.is_autocast_enabled("cpu")
 
@@ -215,6 +219,24 @@ def test_only_large_tensors_are_paged():
     large = memory.predict("8B", nf4(), lora(target_modules=["q_proj"], r=25), sft())
     assert small.paged == 0  # 24 x 4096 numbers are fewer than 100,000
     assert large.paged == 32 * 2 * (2 * 25 * 4096)  # both matrices, both states
+
+
+def test_gradients_stay_where_they_are_accumulated():
+    once = memory.predict("8B", *Q, sft(4, 2048))
+    more = memory.predict("8B", *Q, sft(4, 2048, gradient_accumulation_steps=2))
+    assert once.moment == more.moment  # in the last layer
+    grown = more.kinds["gradients"] - once.kinds["gradients"]
+    assert more.peak - once.peak == grown > 0.9 * more.kinds["gradients"]
+
+
+def test_adamw_that_is_not_fused_needs_more_for_its_step():
+    moments = [
+        memory.predict("1B", None, None, sft(optim=name)).moments
+        for name in ("adamw_torch_fused", "adamw_torch")
+    ]
+    step = [sum(found["the optimizer's step"].values()) for found in moments]
+    # as much again as one number of each weight, in 16 bits
+    assert step[1] - step[0] == pytest.approx(2 * 1_235_814_400, rel=1e-3)
 
 
 def test_weights_of_a_real_model_to_the_byte():
@@ -319,6 +341,15 @@ def test_the_length_it_proposes_is_the_longest():
     length = int(said.replace(",", ""))
     assert fit.will_it_fit("8B", 8, "qlora", 1, length).fits
     assert not fit.will_it_fit("8B", 8, "qlora", 1, length + 64).fits
+
+
+def test_the_longest_row_fits_and_a_longer_one_does_not():
+    length = fit.longest_row("8B", 16)
+    assert length % 64 == 0
+    assert fit.will_it_fit("8B", 16, length=length).fits
+    assert not fit.will_it_fit("8B", 16, length=length + 64).fits
+    assert fit.longest_row("1B", 80) == models.SHAPES["1B"].positions
+    assert fit.longest_row("70B", 24) == 0
 
 
 def test_nothing_fits():

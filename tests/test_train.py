@@ -222,6 +222,12 @@ def test_the_map_says_what_was_measured():
         (exercises.check_gain, lambda weight, block: 15.0),
         (exercises.check_bits_per_weight, lambda bits, n, scale, low: bits + scale / n),
         (exercises.check_layer_bytes, lambda rows, columns: rows * columns // 2),
+        (exercises.check_tokens_until, lambda vocab, size: size // (2 * vocab)),
+        (exercises.check_on_paper, lambda h, f, layers, vocab, tokens: 16e9),
+        (
+            exercises.check_on_paper,
+            lambda h, f, layers, vocab, tokens: layers * h * (4 * h + 3 * f) / 2,
+        ),
         (exercises.check_dropout, lambda x, W, A, B, s, p: x @ W.T + s * x @ A.T @ B.T),
         (
             exercises.check_adapter_gradients,
