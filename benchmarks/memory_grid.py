@@ -1,12 +1,13 @@
 """Measure the peak memory of training runs whose peaks were predicted before.
 
     python benchmarks/memory_grid.py predict    # on any machine, then commit the file
-    python benchmarks/memory_grid.py            # on an NVIDIA GPU of 140 GB
+    python benchmarks/memory_grid.py [shapes]   # on an NVIDIA GPU of 140 GB
 
-`predict` writes benchmarks/memory_grid_predicted.json, the predictions as they stood
-before any of these runs was made; the second writes data/measured/memory_grid.json.
-Random weights take the same memory as trained ones. Runs with a cap hold torch to so
-many GiB: that proves the fit, not the speed of such a card.
+With names of shapes only those are measured; rows of the others stay. `predict` writes
+benchmarks/memory_grid_predicted.json, the predictions as they stood before any of these
+runs was made; the other one writes data/measured/memory_grid.json. Random weights take
+the same memory as trained ones. Runs with a cap hold torch to so many GiB: that proves
+the fit, not the speed of such a card.
 """
 
 import gc
@@ -153,14 +154,18 @@ def measure(group: list[dict]) -> None:
         print(json.dumps({**run, **row}), flush=True)
 
 
-def main() -> None:
+def main(shapes: list[str]) -> None:
     committed = json.loads(PREDICTED.read_text("utf-8"))["rows"]
     before = {tuple(row[name] for name in FIELDS): row for row in committed}
     groups = {}
     for run in runs():
-        key = run["shape"], run["method"], run["cap_gib"], run["profile"]
-        groups.setdefault(key, []).append(run)
+        if not shapes or run["shape"] in shapes:
+            key = run["shape"], run["method"], run["cap_gib"], run["profile"]
+            groups.setdefault(key, []).append(run)
     rows = []
+    if shapes and (recorded.FOLDER / "memory_grid.json").exists():
+        rows = recorded.read("memory_grid")["rows"]
+        rows = [row for row in rows if row["shape"] not in shapes]
     for group in groups.values():
         done = subprocess.run(  # a process each: a cap and a profile are a process's
             [sys.executable, __file__, "measure", json.dumps(group)],
@@ -184,4 +189,4 @@ if __name__ == "__main__":
         text = json.dumps({"rows": [predict(run) for run in runs()]}, indent=1)
         PREDICTED.write_text(text + "\n", encoding="utf-8")
     else:
-        main()
+        main(sys.argv[1:])
