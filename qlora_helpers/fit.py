@@ -35,8 +35,6 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
 
     Raises ValueError for an unknown shape or method, or numbers that are not positive.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
     config = models.config_of(model)
     room = _room(gpu_gib)
 
@@ -94,6 +92,8 @@ def configs(config, method, batch, length, every=1, machine=None):
 
     every: each how-manieth layer is checkpointed; 0: none. machine: another profile.
     """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
     machine = machine or env.elsewhere("bf16")
     settings = train.sft_config(machine, "never_written", 1, batch, 2e-4)
     settings.max_length = length

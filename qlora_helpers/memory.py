@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 from . import env, formulas
 from .plan import Extras, read
 
-WORKSPACES = 2 * 32 * 2**20  # cuBLAS on Hopper: forward and backward thread
+# cuBLAS on Hopper, for the forward and the backward thread: an ASSUMPTION, of torch's
+# default sizes, until it is measured.
+WORKSPACES = 2 * 32 * 2**20
 
 
 class Prediction(NamedTuple):
@@ -68,15 +70,16 @@ def predict(
     in_loss, of_head = formulas.loss_bytes(plan)
     # tied: the head's gradient waits for the embedding's, then their sum is made
     tied = plan.config.tie_word_embeddings
+    early = of_head
     begun = of_head + gradients // plan.config.num_hidden_layers
     ending = gradients - (0 if tied else of_head)
     if plan.accumulates:  # from the second batch on they are there all the time
-        of_head = begun = ending = gradients
+        early = begun = ending = gradients
     moments = {
         "the loss, backward": {
             "activations": kept + ends,
             "logits and loss": in_loss,
-            "gradients": of_head,
+            "gradients": early,
         }
     }
     turns = formulas.turning_bytes(plan).items()
@@ -93,9 +96,8 @@ def predict(
     if not plan.every:  # it is not gone through again
         del moments["first layer: forward, down_proj"]
     if not plan.targets:
-        table = formulas.loss_bytes(plan)[1]
         moments["the embedding, backward"] = {
-            "gradients": gradients + (2 * table if tied else 0)
+            "gradients": gradients + (2 * of_head if tied else 0)
         }
     moments["the optimizer's step"] = {
         "gradients": gradients,
@@ -108,7 +110,7 @@ def predict(
         "workspaces": WORKSPACES if plan.extras.device == "cuda" else 0,
     }
     moments = {name: always | kinds for name, kinds in moments.items()}
-    log_probabilities = in_loss // 3 if plan.full_logits else 0
+    log_probabilities = in_loss // 3 if plan.full_logits else 0  # of three tensors
     return Prediction(weights, kept + ends + log_probabilities, moments, paged)
 
 

@@ -328,6 +328,25 @@ def llama_config(shape: str) -> LlamaConfig:
     )
 
 
+def skeleton(config, quantization, dtype):
+    """A model on torch's meta device, shapes and dtypes alone, and its quantizer.
+
+    With `quantization` (or None) its linear layers are bitsandbytes' already; when they
+    have their weights, `postprocess_model` of the quantizer is to be called.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa"
+        )
+    # The quantizer's own hooks, so that PEFT and TRL find what from_pretrained leaves.
+    # Source: transformers/modeling_utils.py, from_pretrained.
+    quantizer = None
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    return model, quantizer
+
+
 def random_llama(shape, quantization=None, seed=0):
     """A Llama with random weights, for measuring speed and memory: it says nothing.
 
@@ -343,16 +362,7 @@ def random_llama(shape, quantization=None, seed=0):
     dtype = machine.compute_dtype
     if quantization is not None:
         dtype = quantization.bnb_4bit_compute_dtype
-    with torch.device("meta"):  # the skeleton: shapes and dtypes, no memory
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa"
-        )
-    # The quantizer's own hooks, so that PEFT and TRL find what from_pretrained leaves.
-    # Source: transformers/modeling_utils.py, from_pretrained.
-    quantizer = None
-    if quantization is not None:
-        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
-        quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    model, quantizer = skeleton(config, quantization, dtype)
     generator = torch.Generator(machine.device).manual_seed(seed)
     parameters = dict(model.named_parameters())  # a tied weight once
     for name, old in tqdm(parameters.items(), desc="random weights", delay=5):

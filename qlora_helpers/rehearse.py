@@ -15,8 +15,6 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
-from transformers.quantizers import AutoHfQuantizer
 
 from . import formulas, memory, models
 from .plan import FUSED_LOSS, read
@@ -87,15 +85,10 @@ def _as_on(gpu, dtype):
 
 def _skeleton(plan, bnb_config, lora_config, dtype):
     """The model with its adapters, on torch's meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            plan.config, dtype=dtype, attn_implementation="sdpa"
-        )
-        if bnb_config is not None:
-            quantizer = AutoHfQuantizer.from_config(bnb_config, pre_quantized=False)
-            quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
-            quantizer.postprocess_model(model)
-            model.hf_quantizer = quantizer
+    model, quantizer = models.skeleton(plan.config, bnb_config, dtype)
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
     if FUSED_LOSS:
         add_fused_lm_head(model)
     if lora_config is None:

@@ -352,6 +352,11 @@ def test_the_longest_row_fits_and_a_longer_one_does_not():
     assert fit.longest_row("70B", 24) == 0
 
 
+def test_a_method_is_known_wherever_it_is_asked_for():
+    with pytest.raises(ValueError, match="method 'dora' is unknown"):
+        fit.longest_row("8B", 16, "dora")
+
+
 def test_nothing_fits():
     answer = fit.will_it_fit("70B", 24)
     assert not answer.fits
