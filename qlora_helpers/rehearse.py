@@ -2,7 +2,8 @@
 
 torch's fake tensors have shapes, dtypes and storages, and no memory behind them. Model,
 PEFT, TRL's loss and autograd are the real ones, so that what is counted is what they
-allocate; only inside a kernel nothing can be seen.
+allocate. Not rehearsed are the trainer, the optimizer, a padding mask, and what happens
+inside of a GPU's kernel.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm.auto import tqdm
 
 from . import formulas, memory, models
 from .plan import FUSED_LOSS, read
@@ -36,7 +38,13 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
     gpu, dtype = plan.extras.device == "cuda", formulas.DTYPES[plan.compute]
     model = _skeleton(plan, bnb_config, lora_config, dtype)
     ledger = memory.Ledger(formulas.rounding(plan.extras.device))
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger, _as_on(gpu, dtype):
+    layers = (model.get_base_model() if lora_config else model).model.layers
+    again = -(-len(layers) // plan.every) if plan.every else 0  # in the backward pass
+    bar = tqdm(total=len(layers) + again, desc="rehearsal", unit="layer", leave=False)
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: bar.update() and None)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with bar, fake, ledger, _as_on(gpu, dtype):
         _fill(model, plan, bnb_config)
         weights = ledger.now
         model.train()
