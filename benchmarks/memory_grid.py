@@ -14,18 +14,23 @@ import gc
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
+import time
 
 import torch
+from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from qlora_helpers import embedded, env, fit, memory, models, recorded, train
 
 PREDICTED = pathlib.Path(__file__).with_name("memory_grid_predicted.json")
-STEPS = 3  # the optimizer's states are there from the second on
+# The optimizer's states are there from the second step on; more where a step is short,
+# so that it can be timed.
+STEPS, MORE_STEPS, SHORT = 2, 6, 8192
 # (shape, method, tokens of a row, rows, each how-manieth layer is checkpointed)
 GRID = [
     ("1B", "qlora", 512, 1, 1),
@@ -45,6 +50,8 @@ GRID = [
     ("8B", "qlora", 2048, 8, 1),
     ("8B", "qlora", 8192, 8, 1),
     ("8B", "qlora", 2048, 4, 0),
+    ("8B", "qlora", 2048, 4, 1),
+    ("8B", "qlora", 2048, 4, 2),
     ("8B", "qlora", 4096, 2, 0),
     ("8B", "qlora", 4096, 4, 2),
     ("8B", "lora", 1024, 4, 1),
@@ -75,6 +82,27 @@ CAPPED = [
 FIELDS = ("shape", "method", "length", "rows", "every", "cap_gib", "profile")
 
 
+class StepTimes(TrainerCallback):
+    """Seconds of each step but the first, which also finds its kernels and memory.
+
+    A class, since TrainerCallback is one.
+    """
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step > 1:
+            self.seconds.append(time.perf_counter() - self.start)
+
+
 def runs() -> list[dict]:
     """All runs, the settings of each by name."""
     free = [(*run, None, "bf16") for run in GRID]
@@ -91,7 +119,9 @@ def configs(run, machine):
         run["every"],
         machine,
     )
-    settings.max_steps, settings.report_to = STEPS, []
+    short = run["rows"] * run["length"] <= SHORT
+    settings.max_steps = MORE_STEPS if short else STEPS
+    settings.report_to = []
     return config, quantization, lora, settings
 
 
@@ -108,50 +138,78 @@ def predict(run) -> dict:
     }
 
 
-def measure(group: list[dict]) -> None:
-    """Train each run of a group, of one shape and method; print a row for each.
+def make(run, machine):
+    """The model that a run trains: random weights, adapters if the method has any."""
+    _, quantization, lora, _ = configs(run, machine)
+    model = models.random_llama(run["shape"], quantization)
+    return get_peft_model(model, lora) if lora else model.requires_grad_(True)
 
-    Runs without checkpointing come first: it leaves a hook on the model.
-    """
+
+def trainer_for(model, run, machine):
+    """A trainer for a run, over rows of random tokens."""
+    settings = configs(run, machine)[3]
+    settings.output_dir = str(env.cache_dir() / "benchmark_memory")
+    shape = (settings.max_steps * run["rows"], run["length"])
+    data = {"input_ids": torch.randint(0, 1000, shape).tolist()}
+    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    return train.build_trainer(model, tokenizer, Dataset.from_dict(data), settings)
+
+
+def clean(model=None) -> None:
+    """Give back what a run left, so that the next one starts as the first did."""
+    for parameter in model.parameters() if model else ():
+        parameter.grad = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def managed_bytes() -> int:
+    """Bytes in managed memory: bitsandbytes keeps a list, and frees none of them."""
+    tensors = GlobalPageManager.get_instance().paged_tensors
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def measure(run, model, machine) -> dict:
+    """Train a run; its row."""
+    memory.hold_to(run["cap_gib"])
+    times = StepTimes()
+    try:
+        trainer = trainer_for(model, run, machine)
+        trainer.add_callback(times)
+        found = memory.measure(trainer)
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).splitlines()[0][:200]}
+    row = {
+        f"{kind.replace(' ', '_')}_gib": round(size / env.GIB, 4)
+        for kind, size in found.items()
+    }
+    row["steps"] = trainer.args.max_steps
+    row["seconds_per_step"] = round(statistics.median(times.seconds), 4)
+    if not machine.use_cpu:
+        free, whole = torch.cuda.mem_get_info()
+        beside = whole - free - torch.cuda.memory_reserved() - managed_bytes()
+        row["context_gib"] = round(beside / env.GIB, 3)
+    return row
+
+
+def measure_all(group: list[dict]) -> None:
+    """Train each run of a group, of one shape and profile; print a row for each."""
     env.quiet()
     machine = env.profile()
-    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
-    cap = group[0]["cap_gib"]
-    if cap and not machine.use_cpu:
-        whole = torch.cuda.get_device_properties(machine.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(cap * env.GIB / whole)
-    _, quantization, lora, _ = configs(group[0], machine)
-    model = models.random_llama(group[0]["shape"], quantization)
-    model = get_peft_model(model, lora) if lora else model.requires_grad_(True)
-    for run in sorted(group, key=lambda run: run["every"] > 0):
-        settings = configs(run, machine)[3]
-        settings.output_dir = str(env.cache_dir() / "benchmark_memory")
-        shape = (STEPS * run["rows"], run["length"])
-        data = {"input_ids": torch.randint(0, 1000, shape).tolist()}
-        try:
-            trainer = train.build_trainer(
-                model, tokenizer, Dataset.from_dict(data), settings
-            )
-            found = memory.measure(trainer)
-            row = {
-                f"{kind.replace(' ', '_')}_gib": round(size / env.GIB, 4)
-                for kind, size in found.items()
-            }
-            seconds = trainer.state.log_history[-1]["train_runtime"]
-            row["seconds_per_step"] = round(seconds / STEPS, 3)
-            if not machine.use_cpu:
-                free, whole = torch.cuda.mem_get_info()
-                beside = whole - free - torch.cuda.memory_reserved()
-                row["context_gib"] = round(beside / env.GIB, 3)
-            del trainer
-        except torch.OutOfMemoryError as error:
-            row = {"out_of_memory": str(error).splitlines()[0][:200]}
-        for parameter in model.parameters():
-            parameter.grad = None
-        gc.collect()
-        if not machine.use_cpu:
-            torch.cuda.empty_cache()
-        print(json.dumps({**run, **row}), flush=True)
+    for method in dict.fromkeys(run["method"] for run in group):
+        chosen = [run for run in group if run["method"] == method]
+        memory.hold_to(None)
+        model = make(chosen[0], machine)
+        # Those with less checkpointing first: it leaves hooks and marks on the model.
+        for run in sorted(chosen, key=lambda run: (run["every"] > 0, -run["every"])):
+            print(json.dumps({**run, **measure(run, model, machine)}), flush=True)
+            clean(model)
+        del model
+        clean()
+        if not machine.use_cpu and torch.cuda.memory_allocated() > 2**28:
+            held = torch.cuda.memory_allocated()
+            raise RuntimeError(f"{held:,} bytes are left of {method}")
 
 
 def main(shapes: list[str]) -> None:
@@ -160,14 +218,14 @@ def main(shapes: list[str]) -> None:
     groups = {}
     for run in runs():
         if not shapes or run["shape"] in shapes:
-            key = run["shape"], run["method"], run["cap_gib"], run["profile"]
+            key = run["shape"], run["profile"]
             groups.setdefault(key, []).append(run)
     rows = []
     if shapes and (recorded.FOLDER / "memory_grid.json").exists():
         rows = recorded.read("memory_grid")["rows"]
         rows = [row for row in rows if row["shape"] not in shapes]
     for group in groups.values():
-        done = subprocess.run(  # a process each: a cap and a profile are a process's
+        done = subprocess.run(  # a process each: the profile is a process's
             [sys.executable, __file__, "measure", json.dumps(group)],
             env={**os.environ, "QLORA_PROFILE": group[0]["profile"]},
             stdout=subprocess.PIPE,
@@ -184,7 +242,7 @@ def main(shapes: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
-        measure(json.loads(sys.argv[2]))
+        measure_all(json.loads(sys.argv[2]))
     elif sys.argv[1:2] == ["predict"]:
         text = json.dumps({"rows": [predict(run) for run in runs()]}, indent=1)
         PREDICTED.write_text(text + "\n", encoding="utf-8")

@@ -15,9 +15,10 @@ import nbformat
 
 from qlora_helpers import course, env, recorded
 
-CAP = """import torch
-whole = torch.cuda.get_device_properties(0).total_memory
-torch.cuda.set_per_process_memory_fraction({cap} * 2**30 / whole)"""
+CAP = """import pathlib, sys
+sys.path += map(str, pathlib.Path.cwd().parents)
+from qlora_helpers import memory
+memory.hold_to({cap})"""
 PEAKS = """import json, resource, torch
 gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

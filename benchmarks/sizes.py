@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 
-import torch
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
@@ -25,9 +24,7 @@ def run(shape: str, cap_gib: float | None) -> dict:
     """One row: speed and peak of a training run of STEPS steps."""
     env.quiet()
     machine = env.profile()
-    if cap_gib:
-        whole = torch.cuda.get_device_properties(machine.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(cap_gib * env.GIB / whole)
+    memory.hold_to(cap_gib)
     tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
     model = models.random_llama(shape, train.nf4_config(machine))
     model = get_peft_model(model, train.lora_config())

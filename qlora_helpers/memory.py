@@ -149,6 +149,19 @@ def state_bytes(model, optimizer) -> dict[str, int]:
     }
 
 
+def hold_to(gib: float | None) -> None:
+    """Let torch take at most `gib` GiB of the GPU, as of a smaller card; None: all.
+
+    It proves that a run fits, not how fast such a card is. Managed memory (paged
+    optimizer states) and CUDA's own are not counted. On a CPU nothing is held.
+    """
+    device = env.profile().device
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        share = min(1.0, gib * env.GIB / whole) if gib else 1.0
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
 @contextlib.contextmanager
 def peak():
     """Yield a dict that holds `bytes` at the end: the most held while it was open.
