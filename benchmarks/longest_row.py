@@ -37,40 +37,39 @@ def trains(model, length, machine) -> bool:
     return True
 
 
-def measure(name: str) -> dict:
-    """One row: predicted and found longest rows."""
+def measure(name: str) -> None:
+    """Bisect; print the row after each try, so that what was found is not lost."""
     env.quiet()
     machine = env.profile()
-    config = models.llama_config(SHAPE)
     cap = CARD_GIB - fit.CONTEXT_GIB
     run = {"shape": SHAPE, "method": "qlora", "length": 64, "rows": 1, "every": 1}
     model = make(run, machine)
     memory.hold_to(cap)
-    predicted = fit.longest_row(config, CARD_GIB)
-    low, high = predicted // 2 // CLOSE * CLOSE, 2 * predicted
-    tries = {}
+    predicted = fit.longest_row(models.llama_config(SHAPE), CARD_GIB)
+    low, high, tries = predicted // 2 // CLOSE * CLOSE, 2 * predicted, 0
     while high - low > CLOSE:
         middle = (low + high) // 2 // CLOSE * CLOSE
-        tries[middle] = trains(model, middle, machine)
-        low, high = (middle, high) if tries[middle] else (low, middle)
-        print(middle, tries[middle], file=sys.stderr, flush=True)
-    return {
-        "shape": SHAPE,
-        "profile": machine.kind,
-        "card_gib": CARD_GIB,
-        "cap_gib": cap,
-        "allocator": name,
-        "predicted_tokens": predicted,
-        "longest_tokens": low,
-        "too_long_tokens": high,
-        "tries": len(tries),
-    }
+        fits = trains(model, middle, machine)
+        low, high = (middle, high) if fits else (low, middle)
+        tries += 1
+        row = {
+            "shape": SHAPE,
+            "profile": machine.kind,
+            "card_gib": CARD_GIB,
+            "cap_gib": cap,
+            "allocator": name,
+            "predicted_tokens": predicted,
+            "longest_tokens": low,
+            "too_long_tokens": high,
+            "tries": tries,
+        }
+        print(json.dumps(row), flush=True)
 
 
 def main() -> None:
     rows = []
     for name, setting in ALLOCATORS.items():
-        done = subprocess.run(  # a process each: the allocator is a process's
+        started = subprocess.Popen(  # a process each: the allocator is a process's
             [sys.executable, __file__, name],
             env={
                 **os.environ,
@@ -79,15 +78,18 @@ def main() -> None:
             },
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
         )
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
-        recorded.write("longest_row", recorded.facts(), rows)
+        for line in filter(lambda line: line.startswith("{"), started.stdout):
+            print(line, end="", flush=True)
+            found = [*rows, json.loads(line)]
+            recorded.write("longest_row", recorded.facts(), found)
+        rows = found
+        if started.wait():
+            sys.exit(f"{name}: the bisection broke off")
 
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        print(json.dumps(measure(sys.argv[1])))
+        measure(sys.argv[1])
     else:
         main()

@@ -1,9 +1,10 @@
 """Measure the peak memory of training runs whose peaks were predicted before.
 
     python benchmarks/memory_grid.py predict    # on any machine, then commit the file
-    python benchmarks/memory_grid.py [shapes]   # on an NVIDIA GPU of 140 GB
+    python benchmarks/memory_grid.py [8B 3B/full ...]   # on an NVIDIA GPU of 140 GB
 
-With names of shapes only those are measured; rows of the others stay. `predict` writes
+With names of shapes, or of shapes and methods, only those are measured; rows of the
+others stay. `predict` writes
 benchmarks/memory_grid_predicted.json, the predictions as they stood before any of these
 runs was made; the other one writes data/measured/memory_grid.json. Random weights take
 the same memory as trained ones. Runs with a cap hold torch to so many GiB: that proves
@@ -194,38 +195,33 @@ def measure(run, model, machine) -> dict:
 
 
 def measure_all(group: list[dict]) -> None:
-    """Train each run of a group, of one shape and profile; print a row for each."""
+    """Train each run of a group, of one shape, method and profile; print their rows."""
     env.quiet()
     machine = env.profile()
-    for method in dict.fromkeys(run["method"] for run in group):
-        chosen = [run for run in group if run["method"] == method]
-        memory.hold_to(None)
-        model = make(chosen[0], machine)
-        # Those with less checkpointing first: it leaves hooks and marks on the model.
-        for run in sorted(chosen, key=lambda run: (run["every"] > 0, -run["every"])):
-            print(json.dumps({**run, **measure(run, model, machine)}), flush=True)
-            clean(model)
-        del model
-        clean()
-        if not machine.use_cpu and torch.cuda.memory_allocated() > 2**28:
-            held = torch.cuda.memory_allocated()
-            raise RuntimeError(f"{held:,} bytes are left of {method}")
+    model = make(group[0], machine)
+    # Those with less checkpointing first: it leaves hooks and marks on the model.
+    for run in sorted(group, key=lambda run: (run["every"] > 0, -run["every"])):
+        print(json.dumps({**run, **measure(run, model, machine)}), flush=True)
+        clean(model)
 
 
-def main(shapes: list[str]) -> None:
+def main(names: list[str]) -> None:
     committed = json.loads(PREDICTED.read_text("utf-8"))["rows"]
     before = {tuple(row[name] for name in FIELDS): row for row in committed}
+
+    def chosen(run):
+        return not names or {run["shape"], f"{run['shape']}/{run['method']}"} & {*names}
+
     groups = {}
-    for run in runs():
-        if not shapes or run["shape"] in shapes:
-            key = run["shape"], run["profile"]
-            groups.setdefault(key, []).append(run)
+    for run in filter(chosen, runs()):
+        key = run["shape"], run["method"], run["profile"]
+        groups.setdefault(key, []).append(run)
     rows = []
-    if shapes and (recorded.FOLDER / "memory_grid.json").exists():
+    if names and (recorded.FOLDER / "memory_grid.json").exists():
         rows = recorded.read("memory_grid")["rows"]
-        rows = [row for row in rows if row["shape"] not in shapes]
+        rows = [row for row in rows if not chosen(row)]
     for group in groups.values():
-        done = subprocess.run(  # a process each: the profile is a process's
+        done = subprocess.run(  # a process each: a model leaves its head behind
             [sys.executable, __file__, "measure", json.dumps(group)],
             env={**os.environ, "QLORA_PROFILE": group[0]["profile"]},
             stdout=subprocess.PIPE,

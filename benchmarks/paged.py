@@ -1,11 +1,12 @@
 """Watch a paged optimizer: a spike it survives, what paging costs, what resuming keeps.
 
-    python benchmarks/paged.py
+    python benchmarks/paged.py [matrices unpaged paged evicted adapters]
 
-Writes data/measured/paged.json, on an NVIDIA GPU. Torch's cap does not count managed
-memory, so that a run survives under it is book-keeping; what leaves the card is seen in
-the driver's own count. Managed memory stays under 4 GiB, and the card mostly free:
-asking for more than it has can hang it.
+With names only those parts are measured; rows of the others stay. Writes
+data/measured/paged.json, on an NVIDIA GPU. Torch's cap does not count managed memory,
+so that a run survives under it is book-keeping: the driver's count is recorded too.
+Managed memory stays under 4 GiB, and the card mostly free: asking for more than it has
+can hang it.
 """
 
 import copy
@@ -16,7 +17,7 @@ import time
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import GlobalPageManager, prefetch_tensor
+from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
 from memory_grid import clean, managed_bytes
 from peft import get_peft_model
@@ -42,11 +43,19 @@ def all_paged():
     return GlobalPageManager.get_instance().paged_tensors
 
 
+def touch(tensors) -> None:
+    """Write to each page from the host, which brings it there.
+
+    prefetch_tensor(to_cpu=True) fails with CUDA 13: "invalid device ordinal".
+    """
+    torch.cuda.synchronize()
+    for tensor in tensors:
+        tensor.view(-1)[:: 4096 // tensor.itemsize].add_(0)
+
+
 def evict() -> None:
     """Move all managed memory to the host, as the driver does when the card is full."""
-    for tensor in all_paged():
-        prefetch_tensor(tensor, to_cpu=True)
-    torch.cuda.synchronize()
+    touch(all_paged())
 
 
 class Watch(TrainerCallback):
@@ -116,7 +125,6 @@ def spike(optim: str, evicting: bool) -> list[dict]:
         watch.rows[-1]["out_of_memory"] = str(error).splitlines()[0][:200]
     predicted = memory.predict(config, quantization, lora, settings)
     run = {
-        "what": "spike",
         "optim": optim,
         "evicted_before_spike": evicting,
         "cap_gib": CAP_GIB,
@@ -146,7 +154,6 @@ def adapter(shape: str, rank: int) -> list[dict]:
     ]
     paged = [state for state in states if getattr(state, "is_paged", False)]
     row = {
-        "what": "adapter",
         "shape": shape,
         "rank": rank,
         "states": len(states),
@@ -190,7 +197,7 @@ def matrices() -> list[dict]:
     rows = []
     optimizers = ("AdamW32bit", "PagedAdamW32bit", "AdamW8bit", "PagedAdamW8bit")
     for name in optimizers:
-        row = {"what": "matrices", "optimizer": name, "cap_gib": MATRICES_CAP_GIB}
+        row = {"optimizer": name, "cap_gib": MATRICES_CAP_GIB}
         trained = weights()
         memory.hold_to(MATRICES_CAP_GIB)
         torch.cuda.reset_peak_memory_stats()
@@ -230,9 +237,7 @@ def paging(optimizer, trained, name) -> dict:
     size = sum(tensor.nbytes for tensor in mine)
 
     def leave():
-        for tensor in mine:
-            prefetch_tensor(tensor, to_cpu=True)
-        torch.cuda.synchronize()
+        touch(mine)
 
     before = card_gib()
     leave()
@@ -267,26 +272,27 @@ PARTS = {
 }
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     rows = []
-    for part in PARTS:
+    if names and (recorded.FOLDER / "paged.json").exists():
+        rows = [r for r in recorded.read("paged")["rows"] if r["part"] not in names]
+    for part in names or PARTS:
         done = subprocess.run(  # a process each: managed memory is never freed
-            [sys.executable, __file__, part],
+            [sys.executable, __file__, "measure", part],
             stdout=subprocess.PIPE,
             text=True,
-            check=False,
+            check=True,
         )
-        rows += [
-            json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"
-        ]
-        print(part, done.returncode, len(rows), flush=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        rows += [json.loads(line) for line in lines]
+        print(part, len(lines), flush=True)
         recorded.write("paged", recorded.facts(), rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:2] == ["measure"]:
         env.quiet()
-        for row in PARTS[sys.argv[1]]():
-            print(json.dumps(row))
+        for row in PARTS[sys.argv[2]]():
+            print(json.dumps({"part": sys.argv[2], **row}))
     else:
-        main()
+        main(sys.argv[1:])

@@ -87,7 +87,8 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
         callbacks=[LiveLoss()],
     )
     trainer.remove_callback(PrinterCallback)  # LiveLoss shows what it would print
-    for parameter in trainer.model.parameters():
+    adapted = isinstance(trainer.model, PeftModel)
+    for parameter in trainer.model.parameters() if adapted else ():
         if parameter.requires_grad:  # TRL made them bf16: a T4's GradScaler dies of it
             parameter.data = parameter.data.float()
     return trainer
