@@ -153,7 +153,11 @@ def trainer_for(model, run, machine):
     shape = (settings.max_steps * run["rows"], run["length"])
     data = {"input_ids": torch.randint(0, 1000, shape).tolist()}
     tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
-    return train.build_trainer(model, tokenizer, Dataset.from_dict(data), settings)
+    dataset = Dataset.from_dict(data)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    if run["method"] == "full":  # what trains became fp32, which is meant for adapters
+        model.to(machine.compute_dtype)
+    return trainer
 
 
 def clean(model=None) -> None:

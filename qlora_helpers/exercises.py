@@ -12,7 +12,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from . import fit, memory, models, quant, records, sql
+from . import fit, formulas, memory, models, plan, quant, records, sql
 from .embedded import embedded_dir
 
 
@@ -209,6 +209,35 @@ def check_on_paper(on_paper) -> bool:
     return _try(
         "exercise 04.2", on_paper, cases, lambda a, b: 0.98 * b <= a <= 1.02 * b
     )
+
+
+def check_first_rank(first_rank) -> bool:
+    """Exercise 05.1: the least rank at which bitsandbytes pages any state."""
+    cases = []
+    for shape in ("1B", "8B", "13B", "70B"):
+        config, base, lora, settings = fit.configs(
+            models.llama_config(shape), "qlora", 1, 64
+        )
+        for lora.r in range(1, 100):
+            if memory.predict(config, base, lora, settings).paged:
+                break
+        widths = [n for pair in plan.projections(config).values() for n in pair]
+        cases.append(((widths,), lora.r))
+    return _try("exercise 05.1", first_rank, cases)
+
+
+def check_managed_bytes(managed_bytes) -> bool:
+    """Exercise 05.2: the bytes of paged 8-bit states, as the predictor has them."""
+    cases = []
+    for shape, rank in (("1B", 8), ("1B", 64), ("8B", 16), ("8B", 64)):
+        config, base, lora, settings = fit.configs(
+            models.llama_config(shape), "qlora", 1, 64
+        )
+        lora.r = rank
+        run = plan.read(config, base, lora, settings, None)
+        expected = memory.predict(config, base, lora, settings).paged
+        cases.append(((formulas.trained_tensors(run),), expected))
+    return _try("exercise 05.2", managed_bytes, cases)
 
 
 def check_lora_parameters(count) -> bool:

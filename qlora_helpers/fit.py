@@ -4,10 +4,18 @@ import copy
 from typing import NamedTuple
 
 from . import env, memory, models, train
+from .plan import projections
 
-# What CUDA takes beside torch's tensors, in GiB: an ESTIMATE, until measured.
-CONTEXT_GIB = 0.6
-MARGIN = 1.05  # the prediction may be 5 % too low
+# What CUDA takes beside torch, in GiB: 0.75 to 0.89 in data/measured/memory_grid.json,
+# on an H200; no other card was measured.
+CONTEXT_GIB = 0.9
+# What torch's allocator holds and cannot use, as a share of the tensors that come and
+# go: 0.23 at the longest row that a bisection found (data/measured/longest_row.json).
+RESERVE = 0.25
+HOST_GIB = 3.0  # of the process: at most 2.9 on an H200 (data/measured/notebooks.json)
+# While a model is loaded: two copies of its largest 16-bit tensor, more than was seen
+# on a CPU (data/measured/loading.json); the files themselves are mapped.
+COPIES = 2
 METHODS = {
     "qlora": "QLoRA",
     "lora": "LoRA on 16-bit weights",
@@ -21,6 +29,9 @@ class Fit(NamedTuple):
     fits: bool
     sentence: str
     prediction: memory.Prediction
+    held_gib: float  # what torch may hold at the peak, with what it cannot use
+    disk_gib: float  # the 16-bit files that are loaded
+    ram_gib: float  # the host's memory while they are
 
     def __str__(self):
         return self.sentence
@@ -38,32 +49,35 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
     config = models.config_of(model)
     room = _room(gpu_gib)
 
-    def peak(method, batch, length):
-        return memory.predict(*configs(config, method, batch, length)).peak
+    def held(method, batch, length):
+        return _held(memory.predict(*configs(config, method, batch, length)))
 
     prediction = memory.predict(*configs(config, method, batch, length))
-    fits = prediction.peak <= room
+    fits = _held(prediction) <= room
+    disk, ram = _loading(config)
     name = model if isinstance(model, str) else f"a Llama of width {config.hidden_size}"
     sentence = (
         f"{name}, {METHODS[method]}, {batch} x {length:,} tokens: "
-        f"{'fits' if fits else 'does not fit'}: torch takes "
-        f"{prediction.peak / env.GIB:.1f} GiB at its peak ({prediction.moment}), CUDA "
-        f"about {CONTEXT_GIB}; the card has {gpu_gib:g}."
+        f"{'fits' if fits else 'does not fit'}: torch uses "
+        f"{prediction.peak / env.GIB:.1f} GiB at its peak ({prediction.moment}) and "
+        f"may hold {_held(prediction) / env.GIB:.1f}, CUDA about {CONTEXT_GIB}; the "
+        f"card has {gpu_gib:g}. Loading takes {disk:.1f} GiB of disk, {ram:.1f} of RAM."
     )
     if not fits:
         changes = []
-        if peak(method, 1, length) <= room:
+        if held(method, 1, length) <= room:
             changes.append("1 row at a time")
         elif shorter := longest_row(config, gpu_gib, method):
             changes.append(f"rows of at most {shorter:,} tokens, 1 at a time")
-        if method != "qlora" and peak("qlora", batch, length) <= room:
+        if method != "qlora" and held("qlora", batch, length) <= room:
             changes.append("QLoRA")
         sentence += (
             f" It fits with {', or with '.join(changes)}."
             if changes
             else " Take a smaller model or a larger card."
         )
-    return Fit(fits, sentence, prediction)
+    held_gib = _held(prediction) / env.GIB
+    return Fit(fits, sentence, prediction, held_gib, disk, ram)
 
 
 def longest_row(model, gpu_gib, method="qlora") -> int:
@@ -75,16 +89,33 @@ def longest_row(model, gpu_gib, method="qlora") -> int:
     low, high = 0, config.max_position_embeddings // 64 + 1
     while high - low > 1:
         middle = (low + high) // 2
-        peak = memory.predict(*configs(config, method, 1, 64 * middle)).peak
-        low, high = (middle, high) if peak <= room else (low, middle)
+        held = _held(memory.predict(*configs(config, method, 1, 64 * middle)))
+        low, high = (middle, high) if held <= room else (low, middle)
     return 64 * low
 
 
 def _room(gpu_gib) -> float:
-    """Bytes that a predicted peak may take."""
+    """Bytes that torch may hold."""
     if not gpu_gib > 0:
         raise ValueError(f"gpu_gib is {gpu_gib}, expected the card's memory in GiB")
-    return (gpu_gib - CONTEXT_GIB) * env.GIB / MARGIN
+    return (gpu_gib - CONTEXT_GIB) * env.GIB
+
+
+def _held(prediction) -> float:
+    """Bytes that torch's allocator may hold: the peak, and what it cannot use."""
+    kinds = prediction.kinds
+    stays = ("base weights", "adapters", "optimizer", "workspaces")
+    passing = prediction.peak - sum(kinds[kind] for kind in stays)
+    return prediction.peak + RESERVE * passing
+
+
+def _loading(config) -> tuple[float, float]:
+    """GiB of the 16-bit files, and of the host's memory while they are loaded."""
+    weights = memory.predict(*configs(config, "lora", 1, 1)).weights
+    tensors = [out * inside for out, inside in projections(config).values()]
+    largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
+    ram = HOST_GIB + COPIES * largest / env.GIB
+    return sum(weights.values()) / env.GIB, ram
 
 
 def configs(config, method, batch, length, every=1, machine=None):

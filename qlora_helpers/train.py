@@ -87,8 +87,7 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
         callbacks=[LiveLoss()],
     )
     trainer.remove_callback(PrinterCallback)  # LiveLoss shows what it would print
-    adapted = isinstance(trainer.model, PeftModel)
-    for parameter in trainer.model.parameters() if adapted else ():
+    for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL made them bf16: a T4's GradScaler dies of it
             parameter.data = parameter.data.float()
     return trainer

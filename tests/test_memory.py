@@ -1,5 +1,8 @@
 """The byte formulas against the libraries' own code: rehearsed, and run on this CPU."""
 
+from unittest import mock
+
+import bitsandbytes as bnb
 import pytest
 import torch
 from datasets import Dataset
@@ -7,7 +10,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, GPT2Config
 from trl import SFTConfig
 
-from qlora_helpers import env, fit, memory, models, rehearse, train
+from qlora_helpers import (
+    env,
+    fit,
+    formulas,
+    memory,
+    models,
+    recorded,
+    rehearse,
+    train,
+)
 from qlora_helpers.embedded import embedded_dir
 from qlora_helpers.plan import FUSED_LOSS, Extras
 
@@ -250,6 +262,95 @@ def test_weights_of_a_real_model_to_the_byte():
         assert sum(predicted.weights.values()) == measured
 
 
+# ---- against what was recorded on a GPU
+
+GRID = recorded.read("memory_grid")["rows"]
+
+
+def configs_of(row):
+    """What a recorded run was trained with."""
+    sizes = row["method"], row["rows"], row["length"], row["every"]
+    config = models.llama_config(row["shape"])
+    return fit.configs(config, *sizes, env.elsewhere(row["profile"]))
+
+
+def name_of(row):
+    how = f"{row['shape']} {row['method']} {row['rows']}x{row['length']}"
+    return f"{how} every {row['every']} cap {row['cap_gib']}"
+
+
+def test_the_grid_is_what_was_asked_for():
+    assert len(GRID) >= 24
+    assert {row["shape"] for row in GRID} >= {"1B", "3B", "8B", "13B", "34B", "70B"}
+    assert {row["method"] for row in GRID} == {"full", "lora", "qlora"}
+    assert {row["length"] for row in GRID} >= {512, 8192}
+    assert {row["rows"] for row in GRID} >= {1, 8}
+    assert {row["every"] for row in GRID} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("row", GRID, ids=name_of)
+def test_predicted_is_what_a_gpu_took(row):
+    """What was predicted before the run was made, and what is predicted today."""
+    predicted = memory.predict(*configs_of(row))
+    assert predicted.peak / env.GIB == pytest.approx(row["predicted_gib"], abs=1e-4)
+    assert row["predicted_gib"] == pytest.approx(row["peak_gib"], rel=0.05)
+    weights = row["predicted_weights_gib"]
+    rest = row["predicted_gib"] - weights, row["peak_gib"] - weights
+    assert rest[0] == pytest.approx(rest[1], rel=0.15)
+
+
+def test_what_torch_may_hold_is_not_less_than_the_peak():
+    for row in GRID:
+        answer = fit.will_it_fit(
+            row["shape"], 80, row["method"], row["rows"], row["length"]
+        )
+        if row["every"] == 1:
+            assert answer.held_gib > row["peak_gib"]
+
+
+def test_the_longest_row_is_the_one_that_was_found():
+    usual, growing = recorded.read("longest_row")["rows"]
+    card = usual["cap_gib"] + fit.CONTEXT_GIB
+    assert fit.longest_row("8B", card) == pytest.approx(
+        usual["longest_tokens"], rel=0.1
+    )
+    assert fit.longest_row("8B", card) <= growing["longest_tokens"]
+
+
+def test_as_many_states_are_paged_as_predicted():
+    rows = [row for row in recorded.read("paged")["rows"] if row["part"] == "adapters"]
+    assert rows
+    for row in rows:
+        config, base, adapters, settings = fit.configs(
+            models.llama_config(row["shape"]), "qlora", 1, 64
+        )
+        adapters.r = row["rank"]
+        predicted = memory.predict(config, base, adapters, settings)
+        assert predicted.paged == row["paged_bytes"] > 0
+
+
+@pytest.mark.parametrize("size", [99_999, 100_000])
+def test_bitsandbytes_pages_from_a_size_on(monkeypatch, size):
+    """Its rule, without a GPU: what it would call."""
+    paged, plain, parameter = object(), object(), mock.Mock()
+    parameter.device, parameter.shape = torch.device("cuda", 0), (size,)
+    parameter.numel.return_value = size
+    monkeypatch.setattr(bnb.functional, "get_paged", lambda *_, **__: paged)
+    monkeypatch.setattr(bnb.functional, "fill", lambda *_: None)
+    monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: plain)
+    optimizer = bnb.optim.PagedAdamW8bit([torch.nn.Parameter(torch.zeros(1))])
+    monkeypatch.setattr(optimizer, "page_mng", mock.Mock())
+    expected = paged if size >= formulas.PAGED_SMALLEST else plain
+    assert optimizer.get_state_buffer(parameter) is expected
+
+
+def test_a_cpu_is_not_held_to_anything():
+    if not env.profile().use_cpu:
+        pytest.skip("here is a GPU")
+    memory.hold_to(4)
+    memory.hold_to(None)
+
+
 # ---- what cannot be predicted
 
 
@@ -355,6 +456,24 @@ def test_the_longest_row_fits_and_a_longer_one_does_not():
 def test_a_method_is_known_wherever_it_is_asked_for():
     with pytest.raises(ValueError, match="method 'dora' is unknown"):
         fit.longest_row("8B", 16, "dora")
+
+
+def test_loading_is_told():
+    answer = fit.will_it_fit("8B", 80)
+    assert answer.disk_gib == pytest.approx(2 * 8_030_261_248 / env.GIB, rel=1e-4)
+    assert answer.ram_gib < answer.disk_gib
+    assert f"{answer.disk_gib:.1f} GiB of disk" in answer.sentence
+    tied = fit.will_it_fit("1B", 80)  # its head is the embedding
+    assert tied.disk_gib == pytest.approx(2 * 1_235_814_400 / env.GIB, rel=1e-4)
+
+
+def test_what_torch_cannot_use_counts():
+    """A card that has room for the peak, and not for what is lost beside it."""
+    answer = fit.will_it_fit("8B", 80, length=8192)
+    peak = answer.prediction.peak / env.GIB
+    assert not fit.will_it_fit("8B", peak + fit.CONTEXT_GIB, length=8192).fits
+    enough = answer.held_gib + fit.CONTEXT_GIB + 0.01
+    assert fit.will_it_fit("8B", enough, length=8192).fits
 
 
 def test_nothing_fits():
