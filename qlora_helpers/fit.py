@@ -53,15 +53,17 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
         return _held(memory.predict(*configs(config, method, batch, length)))
 
     prediction = memory.predict(*configs(config, method, batch, length))
-    fits = _held(prediction) <= room
+    needed = _held(prediction)
+    fits = needed <= room
     disk, ram = _loading(config)
     name = model if isinstance(model, str) else f"a Llama of width {config.hidden_size}"
     sentence = (
         f"{name}, {METHODS[method]}, {batch} x {length:,} tokens: "
         f"{'fits' if fits else 'does not fit'}: torch uses "
         f"{prediction.peak / env.GIB:.1f} GiB at its peak ({prediction.moment}) and "
-        f"may hold {_held(prediction) / env.GIB:.1f}, CUDA about {CONTEXT_GIB}; the "
-        f"card has {gpu_gib:g}. Loading takes {disk:.1f} GiB of disk, {ram:.1f} of RAM."
+        f"may hold {needed / env.GIB:.1f}, CUDA about {CONTEXT_GIB}, the "
+        f"card has {gpu_gib:g}; loading takes {disk:.1f} GiB of disk and {ram:.1f} of "
+        "RAM"
     )
     if not fits:
         changes = []
@@ -72,12 +74,11 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
         if method != "qlora" and held("qlora", batch, length) <= room:
             changes.append("QLoRA")
         sentence += (
-            f" It fits with {', or with '.join(changes)}."
+            f"; it fits with {', or with '.join(changes)}"
             if changes
-            else " Take a smaller model or a larger card."
+            else "; take a smaller model or a larger card"
         )
-    held_gib = _held(prediction) / env.GIB
-    return Fit(fits, sentence, prediction, held_gib, disk, ram)
+    return Fit(fits, sentence + ".", prediction, needed / env.GIB, disk, ram)
 
 
 def longest_row(model, gpu_gib, method="qlora") -> int:

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from . import env, formulas
 from .plan import Extras, read
 
-# cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, which
-# data/measured/memory_grid.json agrees with; other cards' are smaller.
+# cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
+# which data/measured/memory_grid.json agrees; other cards' are smaller.
 WORKSPACES = 2 * 32 * 2**20
 
 

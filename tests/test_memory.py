@@ -479,7 +479,7 @@ def test_what_torch_cannot_use_counts():
 def test_nothing_fits():
     answer = fit.will_it_fit("70B", 24)
     assert not answer.fits
-    assert answer.sentence.endswith("Take a smaller model or a larger card.")
+    assert answer.sentence.endswith("take a smaller model or a larger card.")
 
 
 @pytest.mark.parametrize(
