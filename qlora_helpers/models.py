@@ -42,18 +42,15 @@ class KnownModel(NamedTuple):
     parameters: int  # tied embeddings counted once
     licence: str  # "Llama 3.2": Meta's Llama 3.2 Community License
     gated: bool  # True: the Hub asks to accept the licence first
-    least_gib: float  # GPU memory for QLoRA
 
 
-# least_gib is an ESTIMATE, until measured: NF4 weights with double quantization, 16-bit
-# embeddings, LoRA r=16 on seven projections (10 bytes a parameter: fp32, gradient and
-# 8-bit Adam), one row of 512 tokens (10 bytes a logit), checkpointing, 1 GiB for CUDA.
+# The GPU memory that each needs: fit.will_it_fit.
 KNOWN_MODELS = [
-    KnownModel(EMBEDDED, 134_515_008, "Apache-2.0", False, 1.5),
-    KnownModel(UNGATED, 1_711_376_384, "Apache-2.0", False, 2.5),
-    KnownModel("meta-llama/Llama-3.2-1B", 1_235_814_400, "Llama 3.2", True, 3.0),
-    KnownModel("meta-llama/Llama-3.2-3B", 3_212_749_824, "Llama 3.2", True, 4.5),
-    KnownModel("meta-llama/Llama-3.1-8B", 8_030_261_248, "Llama 3.1", True, 8.0),
+    KnownModel(EMBEDDED, 134_515_008, "Apache-2.0", False),
+    KnownModel(UNGATED, 1_711_376_384, "Apache-2.0", False),
+    KnownModel("meta-llama/Llama-3.2-1B", 1_235_814_400, "Llama 3.2", True),
+    KnownModel("meta-llama/Llama-3.2-3B", 3_212_749_824, "Llama 3.2", True),
+    KnownModel("meta-llama/Llama-3.1-8B", 8_030_261_248, "Llama 3.1", True),
 ]
 
 

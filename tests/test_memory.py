@@ -260,6 +260,12 @@ def test_weights_of_a_real_model_to_the_byte():
         )
         measured = sum(memory.tensor_bytes(p) for p in base.parameters())
         assert sum(predicted.weights.values()) == measured
+        on_cuda = memory.predict(
+            base.config, nf4(double, dtype), lora(), sft(dtype=dtype)
+        )
+        tensors = [t for p in base.parameters() for t in memory.stored_tensors(p)]
+        blocks = sum(-(-t.nbytes // 512) * 512 for t in tensors)  # torch's, on CUDA
+        assert sum(on_cuda.weights.values()) == blocks > measured
 
 
 # ---- against what was recorded on a GPU

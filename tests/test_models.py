@@ -644,8 +644,13 @@ def uses(evaluate, repack):
 
 
 def same(one, other):
+    def equal(a, b):
+        if a is None or b is None:  # a gradient that never came
+            return a is b
+        return torch.equal(a, b)
+
     return one.keys() == other.keys() and all(
-        torch.equal(one[name], other[name]) for name in one
+        equal(one[name], other[name]) for name in one
     )
 
 
@@ -654,6 +659,7 @@ def test_evaluating_changes_nothing_that_follows(repacking_cpu):
     never = uses(evaluate=False, repack=False)
     once = uses(evaluate=True, repack=False)
     for use in never:
+        assert all(value is not None for value in never[use].values()), use
         assert same(never[use], once[use]), use
     # Negative control: with the switch as bitsandbytes sets it on AVX512-BF16 CPUs the
     # same evaluation spoils each of the four. The repacking itself runs on any CPU.
@@ -824,8 +830,7 @@ def test_known_models_count_their_parameters(llama):
         tie_word_embeddings=True,
     )
     assert known[models.UNGATED].parameters == count(smollm)
-    for model in known.values():  # 4.127 bits a weight is the least of all
-        assert model.least_gib > model.parameters * 4.127 / 8 / env.GIB
+    for model in known.values():
         assert model.gated == model.name.startswith("meta-llama/")
 
 

@@ -113,7 +113,13 @@ def test_a_saved_adapter_answers_the_same_on_a_fresh_base(trainer, tokenizer, tm
     assert config["base_model_name_or_path"] == "tiny"
     fresh = models.random_llama("tiny", train.nf4_config(env.profile()))
     loaded = train.load_adapter(fresh, saved, BASE).eval()
-    with torch.no_grad():
+    machine = env.profile()
+    mixed = torch.autocast(  # the trainer's model stays wrapped in it
+        machine.device.type,
+        machine.compute_dtype,
+        enabled=machine.compute_dtype != torch.float32,
+    )
+    with torch.no_grad(), mixed:
         assert torch.equal(loaded(input_ids=ids).logits, before)
     assert list(tmp_path.glob("tmp*")) == []
 
