@@ -5,8 +5,7 @@
 With names only those parts are measured; rows of the others stay. Writes
 data/measured/paged.json, on an NVIDIA GPU. Torch's cap does not count managed memory,
 so that a run survives under it is book-keeping: the driver's count is recorded too.
-Managed memory stays under 4 GiB, and the card mostly free: asking for more than it has
-can hang it.
+Managed memory stays under 4 GiB and the card mostly free: a full one was not tried.
 """
 
 import copy
