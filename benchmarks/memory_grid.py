@@ -169,10 +169,14 @@ def clean(model=None) -> None:
         torch.cuda.empty_cache()
 
 
+def managed_tensors():
+    """The tensors in managed memory: bitsandbytes keeps a list, and frees none."""
+    return GlobalPageManager.get_instance().paged_tensors
+
+
 def managed_bytes() -> int:
-    """Bytes in managed memory: bitsandbytes keeps a list, and frees none of them."""
-    tensors = GlobalPageManager.get_instance().paged_tensors
-    return sum(tensor.nbytes for tensor in tensors)
+    """Bytes in managed memory."""
+    return sum(tensor.nbytes for tensor in managed_tensors())
 
 
 def measure(run, model, machine) -> dict:

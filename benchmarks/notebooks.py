@@ -15,9 +15,7 @@ import nbformat
 
 from qlora_helpers import course, env, recorded
 
-CAP = """import pathlib, sys
-sys.path += map(str, pathlib.Path.cwd().parents)
-from qlora_helpers import memory
+CAP = """from qlora_helpers import memory
 memory.hold_to({cap})"""
 PEAKS = """import json, resource, torch
 gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0

@@ -16,9 +16,8 @@ import time
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import GlobalPageManager
 from datasets import Dataset
-from memory_grid import clean, managed_bytes
+from memory_grid import clean, managed_bytes, managed_tensors
 from peft import get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -37,11 +36,6 @@ def card_gib() -> float:
     return round((whole - free) / env.GIB, 3)
 
 
-def all_paged():
-    """The tensors in managed memory."""
-    return GlobalPageManager.get_instance().paged_tensors
-
-
 def touch(tensors) -> None:
     """Write to each page from the host, which brings it there.
 
@@ -50,11 +44,6 @@ def touch(tensors) -> None:
     torch.cuda.synchronize()
     for tensor in tensors:
         tensor.view(-1)[:: 4096 // tensor.itemsize].add_(0)
-
-
-def evict() -> None:
-    """Move all managed memory to the host, as the driver does when the card is full."""
-    touch(all_paged())
 
 
 class Watch(TrainerCallback):
@@ -70,7 +59,7 @@ class Watch(TrainerCallback):
         step = state.global_step + 1
         before = card_gib()
         if self.evicting and step == SPIKE:
-            evict()
+            touch(managed_tensors())
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self.rows.append(
@@ -235,15 +224,12 @@ def paging(optimizer, trained, name) -> dict:
     ]
     size = sum(tensor.nbytes for tensor in mine)
 
-    def leave():
-        touch(mine)
-
     before = card_gib()
-    leave()
+    touch(mine)
     away = card_gib()
     optimizer.step()
     back = card_gib()
-    taken = seconds_of(optimizer, leave)
+    taken = seconds_of(optimizer, before=lambda: touch(mine))
     saved = copy.deepcopy(optimizer.state_dict())
     held = torch.cuda.memory_allocated()
     again = getattr(bnb.optim, name)(trained, lr=1e-3)

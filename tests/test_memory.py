@@ -1,5 +1,6 @@
 """The byte formulas against the libraries' own code: rehearsed, and run on this CPU."""
 
+import json
 from unittest import mock
 
 import bitsandbytes as bnb
@@ -292,6 +293,14 @@ def test_the_grid_is_what_was_asked_for():
     assert {row["length"] for row in GRID} >= {512, 8192}
     assert {row["rows"] for row in GRID} >= {1, 8}
     assert {row["every"] for row in GRID} == {0, 1, 2}
+
+
+def test_the_predictions_beside_the_rows_are_the_committed_ones():
+    file = env.ROOT / "benchmarks" / "memory_grid_predicted.json"
+    said = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert len(said) == len(GRID)
+    for before, row in zip(said, GRID, strict=True):
+        assert before == {key: row[key] for key in before}
 
 
 @pytest.mark.parametrize("row", GRID, ids=name_of)
