@@ -1,39 +1,56 @@
-"""Train the adapter that notebook 07 starts from: data/adapter, stored in fp16.
+"""Train the two adapters that notebook 07 starts from, stored in fp16.
 
-python benchmarks/adapter.py
+    python benchmarks/adapter.py          data/adapter
+    python benchmarks/adapter.py delay    data/adapter_delay
+
+The second is of rank 4, for another company: the same questions, on tables whose
+column `late` is called `delay`.
 """
 
 import json
+import sys
 
 import torch
 from peft import get_peft_model
 from recipe import BATCH, LEARNING_RATE, STEPS, TESTS
 
-from qlora_helpers import env, evaluate, models, recorded, records, sql, train
+from qlora_helpers import adapters, env, evaluate, models, recorded, records, sql, train
+
+RANK = {"late": 16, "delay": 4}  # by what the column is called
+FOLDER = {"late": "adapter", "delay": "adapter_delay"}
 
 
-def main() -> None:
+def main(column: str) -> None:
     env.quiet()
     machine = env.profile()
+
+    def named(record):
+        return record | {"output": record["output"].replace("late", column)}
+
+    system = records.SYSTEM.replace("late", column)
     model, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
-    model = get_peft_model(model, train.lora_config())
-    dataset = records.to_prompt_completion(records.load("train"), tokenizer)
+    torch.manual_seed(0)
+    model = get_peft_model(model, train.lora_config(RANK[column], 2 * RANK[column]))
+    training = [named(record) for record in records.load("train")]
+    dataset = records.to_prompt_completion(training, tokenizer, system=system)
     folder = str(env.cache_dir() / "benchmark_adapter")
     settings = train.sft_config(machine, folder, STEPS, BATCH, LEARNING_RATE)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     train.check_effective(trainer, machine)
     trainer.train()
-    databases = [sql.open_database(text) for text in records.database_scripts()]
+    scripts = [text.replace("late", column) for text in records.database_scripts()]
+    databases = [sql.open_database(text) for text in scripts]
     accuracy = {}
     for test in TESTS:
+        questions = [named(record) for record in records.load(test)]
         judged = evaluate.execution_accuracy(
-            model, tokenizer, records.load(test), databases
+            model, tokenizer, questions, databases, system=system
         )
         accuracy[f"{test}_percent"] = [round(100 * value, 1) for value in judged[:3]]
-    saved = train.save_adapter(
+    saved = adapters.save_adapter(
         model,
         None,  # the base's tokenizer, unchanged
-        env.ROOT / "data" / "adapter",
+        env.ROOT / "data" / FOLDER[column],
         models.base_identity(models.EMBEDDED),
         dtype=torch.float16,  # half the bytes; more digits than bf16 has
     )
@@ -50,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*(sys.argv[1:] or ["late"]))

@@ -3,13 +3,9 @@
 Notebook 06 writes the recipe out and explains each line.
 """
 
-import json
-import pathlib
-import tempfile
-
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -174,55 +170,3 @@ class LiveLoss(TrainerCallback):
             f"{last:.2f} over the last ten of {len(self.losses)} steps"
         )
         self.picture = plots.redraw(fig, alt, self.picture)
-
-
-def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> pathlib.Path:
-    """Save the adapter, its tokenizer and what it was trained on, as one folder.
-
-    `base` is `models.base_identity(name)`; peft alone would store a path of this
-    machine. `tokenizer` may be None where the base's is meant. `dtype` is what the
-    adapter is stored in (left out: as it is). An older folder is replaced as a whole:
-    there is never half of one.
-    """
-    folder = pathlib.Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base["name"]
-    config.revision = base["revision"]
-    quantization = getattr(model.config, "quantization_config", None)
-    facts = dict(base, quantization=quantization and quantization.to_diff_dict())
-    state = None
-    if dtype is not None:
-        state = {n: p.to(dtype) for n, p in model.state_dict().items() if "lora_" in n}
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        made = pathlib.Path(beside) / "adapter"
-        # no look-up of the base's vocabulary on the Hub: it was not touched
-        model.save_pretrained(made, state_dict=state, save_embedding_layers=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(made)
-        (made / "README.md").unlink(missing_ok=True)  # an empty model card
-        text = json.dumps(facts, indent=1, default=str)
-        (made / "base.json").write_text(text + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.replace(pathlib.Path(beside) / "old")
-        made.replace(folder)
-    return folder
-
-
-def load_adapter(model, folder, base: dict) -> PeftModel:
-    """The model with the adapter of a folder that `save_adapter` wrote.
-
-    Raises FileNotFoundError if there is none, ValueError if it was trained on another
-    base: peft would load it without a word, and it would answer nonsense.
-    """
-    facts = pathlib.Path(folder) / "base.json"
-    if not facts.exists():
-        raise FileNotFoundError(f"{folder} holds no adapter: base.json is not there")
-    trained_on = json.loads(facts.read_text(encoding="utf-8"))
-    for key, value in base.items():
-        if trained_on.get(key) != value:
-            raise ValueError(
-                f"the adapter in {folder} was trained on another base: {key} is "
-                f"{trained_on.get(key)!r} there and {value!r} here: load that base"
-            )
-    return PeftModel.from_pretrained(model, folder)
