@@ -14,7 +14,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import threading
 
 from transformers import AutoModelForCausalLM
 
@@ -23,39 +22,22 @@ from qlora_helpers import env, memory, models, recorded, train
 SHAPES = {"1B": 16, "3B": 28, "8B": 6}  # layers: of the 8B a few, for this disk's sake
 
 
-def anonymous() -> int:
-    """Bytes that this process holds and that no file backs."""
-    for line in pathlib.Path("/proc/self/status").read_text("utf-8").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon: this needs Linux")
-
-
 def load(folder: str) -> dict:
     """Load a model as the recipe does: its weights, and the most that was held."""
     quantization = train.nf4_config(env.profile())
-    most, done, before = [0], threading.Event(), anonymous()
-
-    def watch():
-        while not done.wait(0.005):
-            most[0] = max(most[0], anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=quantization.bnb_4bit_compute_dtype,
-        quantization_config=quantization,
-        device_map={"": "cpu"},
-        use_safetensors=True,
-    )
-    done.set()
-    watcher.join()
+    with memory.private_peak() as most:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=quantization.bnb_4bit_compute_dtype,
+            quantization_config=quantization,
+            device_map={"": "cpu"},
+            use_safetensors=True,
+        )
     weights = {p.data_ptr(): memory.tensor_bytes(p) for p in model.parameters()}
     largest = max(p.nbytes for p in model.parameters())
     return {
         "weights_gib": round(sum(weights.values()) / env.GIB, 3),
-        "most_gib": round((most[0] - before) / env.GIB, 3),
+        "most_gib": round(most["bytes"] / env.GIB, 3),
         "largest_tensor_gib": round(largest / env.GIB, 3),
     }
 

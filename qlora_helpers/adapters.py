@@ -1,4 +1,4 @@
-"""Adapters on disk: saved whole, and loaded onto the base they were trained on alone."""
+"""Adapters on disk: saved whole, and loaded onto their own base alone."""
 
 import json
 import pathlib
@@ -61,10 +61,12 @@ def load_adapter(model, folder, base: dict, name: str = "default") -> PeftModel:
         model.load_adapter(folder, name)
     else:
         model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-    wanted = set(get_peft_model_state_dict(model, adapter_name=name))
-    if wanted != saved:
+    wanted = get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )
+    if set(wanted) != saved:
         raise ValueError(
-            f"{pathlib.Path(folder) / WEIGHTS} holds {len(saved & wanted)} of the "
+            f"{pathlib.Path(folder) / WEIGHTS} holds {len(saved & set(wanted))} of the "
             f"{len(wanted)} tensors that adapter_config.json asks for: it was saved or "
             "copied in part; save it again"
         )
@@ -133,7 +135,7 @@ def check_quantization(model, folder) -> None:
         here = getattr(quantization, key, None)
         if trained_in.get(key) != here:
             raise ValueError(
-                f"the adapter in {folder} was trained with {key}={trained_in.get(key)!r}"
-                f", and this model has {here!r}: load the base with "
-                "train.nf4_config(env.profile())"
+                f"the adapter in {folder} was trained with {key}="
+                f"{trained_in.get(key)!r}, and this model has {here!r}: load the base "
+                "with train.nf4_config(env.profile())"
             )

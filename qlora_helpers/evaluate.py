@@ -1,6 +1,7 @@
 """Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
 
 import math
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,13 @@ class Perplexity(NamedTuple):
     def __repr__(self):
         interval = f"({self.low:.2f} to {self.high:.2f})"
         return f"perplexity {self.value:.2f} {interval}, {self.tokens} tokens"
+
+
+class Divergence(NamedTuple):
+    """How far a model is from a reference: mean nats a token, and logit error."""
+
+    kl: float  # KL(reference || model)
+    error: float  # norm of the difference of the logits, by the reference's norm
 
 
 class Answer(NamedTuple):
@@ -195,6 +203,75 @@ def execution_accuracy(
     mean, low, high = bootstrap_interval([row["right"] for row in rows])
     stopped = sum(stop for _, stop in answers) / len(answers)
     return Accuracy(mean, low, high, len(rows), stopped, rows)
+
+
+def answer_logits(model, tokenizer, records, *, system=task.SYSTEM):
+    """The logits with which a model meets each token of the gold answers.
+
+    Returns (tokens, vocabulary), fp32, on the CPU: the rows of every record one after
+    another, the end token's last.
+    """
+    was_training, kept = model.training, []
+    model.eval()
+    try:
+        with torch.no_grad(), _as_trained(model):
+            for record in records:
+                asked = task.prompt(record, tokenizer, system)
+                prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
+                answer = tokenizer(record["output"], add_special_tokens=False)
+                ids = torch.tensor([prompt + answer["input_ids"]]).to(model.device)
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+                kept.append(logits[len(prompt) - 1 :].float().cpu())
+    finally:
+        model.train(was_training)
+    return torch.cat(kept)
+
+
+def divergence(logits, reference) -> Divergence:
+    """Compare two results of `answer_logits`, row by row: KL and logit error.
+
+    Raises ValueError where their shapes differ: they are not of the same questions.
+    """
+    if logits.shape != reference.shape:
+        raise ValueError(
+            f"logits are {tuple(logits.shape)}, the reference's "
+            f"{tuple(reference.shape)}: take both from the same records"
+        )
+    wanted, given = reference.log_softmax(-1), logits.log_softmax(-1)
+    kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
+    error = ((logits - reference).norm() / reference.norm()).item()
+    return Divergence(kl, error)
+
+
+def generation_speed(model, batch: int, prompt: int = 64, tokens: int = 16) -> float:
+    """Tokens a second that a model generates, all rows together, after a warm-up.
+
+    batch: rows. prompt: tokens of each, arbitrary ones. tokens: new ones a row; the
+    time for reading the prompt is in it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    inputs = torch.randint(10, vocabulary, (batch, prompt), generator=generator)
+    inputs = inputs.to(model.device)
+    exact = GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
+        pad_token_id=0, use_cache=True,
+    )  # fmt: skip
+
+    def run():
+        with _as_trained(model):
+            model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=exact,
+            )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    start = time.perf_counter()
+    run()
+    return batch * tokens / (time.perf_counter() - start)
 
 
 def ask(question, model, tokenizer, database, *, system=task.SYSTEM):

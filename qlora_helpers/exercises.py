@@ -290,3 +290,58 @@ def check_learning_rate(schedule) -> bool:
     return _try(
         "exercise 06.3", schedule, cases, lambda a, b: abs(a - b) <= 1e-9 * (b + 1)
     )
+
+
+def check_surviving_share(surviving_share) -> bool:
+    """Exercise 07.1: the share of a change that a way of storing weights keeps."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator)
+    change = 0.1 * torch.randn(64, 64, generator=generator)
+
+    def expected(weight, change, stored):
+        kept = stored(weight + change) - stored(weight)
+        return (kept * change).sum() / change.square().sum()
+
+    def coarse(weight):  # whole numbers
+        return weight.round()
+
+    def scaled(weight):
+        return 0.5 * weight
+
+    cases = [
+        ((base, change, stored), expected(base, change, stored))
+        for base, stored in (
+            (weight, coarse),
+            (weight.round(), coarse),
+            (weight, scaled),
+        )
+    ]
+    return _try("exercise 07.1", surviving_share, cases, _near)
+
+
+def check_merged_at(merged_at) -> bool:
+    """Exercise 07.2: a weight with an adapter merged at some strength."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, generator=generator)
+    A, B = (
+        torch.randn(2, 4, generator=generator),
+        torch.randn(6, 2, generator=generator),
+    )
+    cases = [
+        ((weight, A, B, alpha, 2, strength), weight + strength * alpha / 2 * (B @ A))
+        for alpha, strength in ((4, 1), (4, 0), (2, 0.5))
+    ]
+    return _try("exercise 07.2", merged_at, cases, _near)
+
+
+def check_held_bytes(held_bytes) -> bool:
+    """Exercise 07.3: the most bytes that a merge by shards holds."""
+    cases = []
+    for name, shard in (("70B", 10**9), ("8B", 5 * 10**9), ("1B", 10**8)):
+        shape = models.SHAPES[name]
+        adapter = 16 * shape.layers * shape.hidden
+        largest = 4 * shape.hidden * shape.intermediate
+        kept = max(shard, 2 * shape.vocab * shape.hidden)
+        numbers = (shard, shape.vocab, shape.hidden, shape.intermediate, adapter)
+        cases.append((numbers, kept + largest + 2 * adapter))
+    return _try("exercise 07.3", held_bytes, cases)

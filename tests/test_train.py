@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from qlora_helpers import (
+    adapters,
     course,
     embedded,
     env,
@@ -20,8 +21,6 @@ from qlora_helpers import (
     records,
     train,
 )
-
-BASE = {"name": "tiny", "revision": None, "weights_sha256": "0" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -100,55 +99,6 @@ def test_a_loss_of_nan_stops_with_advice():
         live.on_log(None, state, None, logs={"loss": "nan"})
 
 
-def test_a_saved_adapter_answers_the_same_on_a_fresh_base(trainer, tokenizer, tmp_path):
-    trainer.train()
-    model, ids = trainer.model.eval(), torch.tensor([[1, 2, 3, 4]])
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-    saved = train.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
-    names = {file.name for file in saved.iterdir()}
-    assert {"adapter_model.safetensors", "base.json", "tokenizer.json"} <= names
-    assert not any(name.endswith((".bin", ".pt")) for name in names)
-    config = json.loads((saved / "adapter_config.json").read_text("utf-8"))
-    assert config["base_model_name_or_path"] == "tiny"
-    fresh = models.random_llama("tiny", train.nf4_config(env.profile()))
-    loaded = train.load_adapter(fresh, saved, BASE).eval()
-    machine = env.profile()
-    mixed = torch.autocast(  # the trainer's model stays wrapped in it
-        machine.device.type,
-        machine.compute_dtype,
-        enabled=machine.compute_dtype != torch.float32,
-    )
-    with torch.no_grad(), mixed:
-        assert torch.equal(loaded(input_ids=ids).logits, before)
-    assert list(tmp_path.glob("tmp*")) == []
-
-
-def test_an_adapter_is_refused_on_another_base(trainer, tokenizer, tmp_path):
-    saved = train.save_adapter(trainer.model, tokenizer, tmp_path / "adapter", BASE)
-    other = BASE | {"weights_sha256": "1" * 64}
-    with pytest.raises(ValueError, match="weights_sha256"):
-        train.load_adapter(trainer.model, saved, other)
-    with pytest.raises(FileNotFoundError, match="no adapter"):
-        train.load_adapter(trainer.model, tmp_path, BASE)
-
-
-def test_an_interrupted_save_leaves_the_old_adapter(trainer, tmp_path, monkeypatch):
-    saved = train.save_adapter(trainer.model, None, tmp_path / "adapter", BASE)
-    before = (saved / "adapter_model.safetensors").read_bytes()
-
-    def stopped(*_args, **_kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.json, "dumps", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        train.save_adapter(trainer.model, None, tmp_path / "adapter", BASE)
-    assert (saved / "adapter_model.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == [
-        "adapter"
-    ]
-
-
 def test_state_is_counted_to_the_byte(trainer):
     trainer.train()
     kept = memory.state_bytes(trainer.model, trainer.optimizer)
@@ -178,7 +128,7 @@ def test_the_committed_adapter_is_whole_and_fits_the_base():
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 10_000_000
     identity = models.base_identity(models.EMBEDDED)
     model, _ = models.load_base(models.EMBEDDED, train.nf4_config(env.profile()))
-    loaded = train.load_adapter(model, folder, identity)
+    loaded = adapters.load_adapter(model, folder, identity)
     changed = [p for n, p in loaded.named_parameters() if "lora_B" in n]
     assert len(changed) == 7 * 30 and all(p.abs().max() > 0 for p in changed)
     facts = json.loads((folder / "training.json").read_text("utf-8"))
@@ -235,6 +185,12 @@ def test_the_map_says_what_was_measured():
             lambda h, f, layers, vocab, tokens: layers * h * (4 * h + 3 * f) / 2,
         ),
         (exercises.check_dropout, lambda x, W, A, B, s, p: x @ W.T + s * x @ A.T @ B.T),
+        (exercises.check_surviving_share, lambda weight, change, stored: 1.0),
+        (
+            exercises.check_merged_at,
+            lambda W, A, B, alpha, r, strength: strength * (W + alpha / r * (B @ A)),
+        ),
+        (exercises.check_held_bytes, lambda shard, v, h, f, n: shard + 4 * h * f),
         (
             exercises.check_adapter_gradients,
             lambda x, A, B, s, g: (s * (g @ B).T @ x, g.T @ (x @ A.T)),

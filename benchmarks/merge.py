@@ -1,0 +1,208 @@
+"""Merge adapters every way and judge each merge as it would be served.
+
+    python benchmarks/merge.py embedded          on any machine, minutes on a GPU
+    python benchmarks/merge.py ranks             adapters of rank 4 to 256, trained here
+    python benchmarks/merge.py 1B 8B             random weights, trained a little here
+
+Adds its rows to data/measured/merge.json, in place of older ones of the same run. A
+merge is held against the model that was trained, 4-bit base and adapter.
+"""
+
+import gc
+import sys
+
+import gguf
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import get_peft_model
+from recipe import BATCH, LEARNING_RATE, STEPS
+from transformers import AutoTokenizer
+
+from qlora_helpers import (
+    adapters,
+    embedded,
+    env,
+    evaluate,
+    merge,
+    models,
+    recorded,
+    records,
+    sql,
+    train,
+)
+
+BF16, NF4 = "bf16", "nf4"
+GGUF = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
+RANKS = (4, 16, 64, 256)
+STRENGTHS = (0.25, 0.5, 2, 4, 8)
+RATES = {"1B": 2e-4, "8B": 2e-4}
+
+
+def stored(weight, kind):
+    """A weight as a file or a server of this kind keeps it: (out, in), fp32."""
+    if kind == BF16:
+        return weight.bfloat16().float()
+    if kind == NF4:
+        return merge.through_nf4(weight.to(env.profile().compute_dtype)).float()
+    kind = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quants.quantize(weight.cpu().numpy(), kind)
+    return torch.from_numpy(gguf.quants.dequantize(packed, kind)).to(weight.device)
+
+
+class Study:
+    """A trained 4-bit model and its 16-bit base, on which merges are tried.
+
+    A class, since the weights outlive each of many merges.
+    """
+
+    def __init__(self, trained, plain, tokenizer, questions):
+        self.trained, self.plain, self.tokenizer = trained, plain, tokenizer
+        self.questions, self.few = questions, questions[:24]
+        self.parts = {}  # name: 16-bit base, 4-bit base, adapter's change
+        for name, layer in trained.named_modules():
+            if hasattr(layer, "lora_A"):
+                weight = layer.base_layer.weight
+                name = name.removeprefix(merge.PREFIX)
+                self.parts[name] = (
+                    plain.get_submodule(name).weight.data.clone(),
+                    dequantize_4bit(weight.data, weight.quant_state),
+                    layer,
+                )
+        self.databases = [sql.open_database(t) for t in records.database_scripts()]
+
+    def change(self, layer, strength):
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        scale = strength * layer.scaling["default"]
+        return merge.lora_change(A.detach(), B.detach(), scale)
+
+    def judge(self, model):
+        """Accuracy where there are questions to answer, else None, and the logits."""
+        right = None
+        if self.questions is not self.few:
+            right = evaluate.execution_accuracy(
+                model, self.tokenizer, self.questions, self.databases
+            )
+        return right, evaluate.answer_logits(model, self.tokenizer, self.few)
+
+    def row(self, facts, right, logits=None):
+        row = dict(facts)
+        if right is not None:
+            row |= {"right": sum(r["right"] for r in right.rows), "asked": right.n}
+            row |= {"verdicts": "".join(str(int(r["right"])) for r in right.rows)}
+        if logits is not None:
+            kl, error = evaluate.divergence(logits, self.reference)
+            row |= {"kl_nats": round(kl, 5), "logit_error": round(error, 5)}
+        print({k: v for k, v in row.items() if k != "verdicts"}, flush=True)
+        return row
+
+    def rows(self, run, kinds, strength=1):
+        """A row for the model that was trained, and one for each merge of it."""
+        was = {}
+        for _, _, layer in self.parts.values():
+            was[layer] = layer.scaling["default"]
+            layer.scaling["default"] = strength * was[layer]
+        right, self.reference = self.judge(self.trained)
+        for layer, scaling in was.items():
+            layer.scaling["default"] = scaling
+        facts = {"run": run, "strength": strength}
+        sizes = [self.sizes(*part, strength) for part in self.parts.values()]
+        names = ("change_percent", "quantization_percent")
+        middle = torch.tensor(sizes).median(dim=0).values.tolist()
+        facts |= {n: round(100 * v, 3) for n, v in zip(names, middle, strict=True)}
+        yield self.row(facts | {"into": "none", "kind": NF4}, right)
+        for into in ("dequantized", "original"):
+            for kind in kinds:
+                survived = []
+                for name, (sixteen, four, layer) in self.parts.items():
+                    base = (sixteen if into == "original" else four).float()
+                    change = self.change(layer, strength)
+                    merged = stored(base + change, kind)
+                    kept = merged - stored(base, kind)
+                    survived.append((kept * change).sum() / change.square().sum())
+                    weight = self.plain.get_submodule(name).weight
+                    weight.data = merged.to(weight.dtype)
+                right, logits = self.judge(self.plain)
+                share = torch.stack(survived).median().item()
+                row = facts | {"into": into, "kind": kind}
+                row |= {"survives_percent": round(100 * share, 2)}
+                yield self.row(row, right, logits)
+
+    def sizes(self, sixteen, four, layer, strength):
+        """Norms of the change and of the quantization error, by the weight's own."""
+        sixteen, change = sixteen.float(), self.change(layer, strength)
+        whole = sixteen.norm()
+        return [
+            (change.norm() / whole).item(),
+            ((four - sixteen).norm() / whole).item(),
+        ]
+
+
+def trained_here(base, tokenizer, rank, rate):
+    """The model after the recipe's steps, with an adapter of this rank."""
+    machine = env.profile()
+    torch.manual_seed(0)
+    model = get_peft_model(base, train.lora_config(rank, 2 * rank))
+    dataset = records.to_prompt_completion(records.load("train"), tokenizer)
+    folder = str(env.cache_dir() / "benchmark_merge")
+    settings = train.sft_config(machine, folder, STEPS, BATCH, rate)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    trainer.train()
+    return model.eval()
+
+
+def study_embedded():
+    machine = env.profile()
+    base, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
+    identity = models.base_identity(models.EMBEDDED)
+    trained = adapters.load_adapter(base, env.path("data/adapter"), identity)
+    plain, _ = models.load_base(models.EMBEDDED)
+    tests = ("phrasing", "values", "composition")
+    questions = [record for test in tests for record in records.load(test)]
+    study = Study(trained.eval(), plain, tokenizer, questions)
+    yield from study.rows("data/adapter", (BF16, NF4, *GGUF))
+    study.questions = records.load("phrasing")
+    for strength in STRENGTHS:
+        yield from study.rows("data/adapter", (BF16, NF4, "Q4_0"), strength)
+
+
+def study_ranks():
+    machine = env.profile()
+    for rank in RANKS:
+        base, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
+        trained = trained_here(base, tokenizer, rank, LEARNING_RATE)
+        plain, _ = models.load_base(models.EMBEDDED)
+        study = Study(trained, plain, tokenizer, records.load("phrasing"))
+        yield from study.rows(f"rank {rank}", (BF16, NF4))
+        del base, trained, plain, study
+        gc.collect()
+
+
+def study_random(shape):
+    machine = env.profile()
+    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    base = models.random_llama(shape, train.nf4_config(machine))
+    trained = trained_here(base, tokenizer, 16, RATES[shape])
+    plain = models.random_llama(shape)  # the same seed, so the same weights
+    questions = records.load("phrasing")[:24]
+    study = Study(trained, plain, tokenizer, questions)
+    study.few = questions
+    yield from study.rows(f"{shape}, random weights", (BF16, NF4))
+
+
+def main(names) -> None:
+    env.quiet()
+    try:
+        rows = recorded.read("merge")["rows"]
+    except FileNotFoundError:
+        rows = []
+    for name in names:
+        studies = {"embedded": study_embedded, "ranks": study_ranks}
+        study = studies[name]() if name in studies else study_random(name)
+        new = [row | {"gpu": recorded.facts()["gpu"]} for row in study]
+        runs = {row["run"] for row in new}
+        rows = [row for row in rows if row["run"] not in runs] + new
+        recorded.write("merge", recorded.facts(), rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["embedded", "ranks", *RATES])

@@ -1,0 +1,160 @@
+"""Pushing to the Hub: whole and private, or refused before anything is created."""
+
+import pathlib
+
+import hub_server
+import huggingface_hub
+import pytest
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+from qlora_helpers import hub
+
+TOKEN = "hf_test"
+READABLE = "own/readable"  # there, but not to be written to
+REFUSALS = {"own/unknown": (401, "Unauthorized"), "own/refused": (403, "Forbidden")}
+CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What push takes: two shards, a config and a card."""
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    for part in (1, 2):
+        name = f"model-0000{part}-of-00002.safetensors"
+        (folder / name).write_bytes(bytes([part, 0, 255]) * 100_000)
+    (folder / "config.json").write_text('{"model_type": "llama"}\n', "utf-8")
+    (folder / "README.md").write_text(CARD, "utf-8")
+    return folder
+
+
+@pytest.fixture
+def server(folder, tmp_path, monkeypatch):
+    """A Hub on loopback, and this process logged in to it."""
+    repos, uploads = {READABLE: folder}, tmp_path / "uploads"
+    with hub_server.serve(repos, REFUSALS, uploads=uploads) as server:
+        # huggingface_hub has read its variables already
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        huggingface_hub.close_session()  # an older one may have a proxy
+        yield server
+    huggingface_hub.close_session()
+
+
+def contents(folder):
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def test_what_was_pushed_comes_back_and_is_private(server, folder, tmp_path):
+    (folder / "more").mkdir()
+    (folder / "more/notes.txt").write_text("kept\n", "utf-8")
+    address = hub.push(folder, "own/new")
+    assert address == f"{server.url}/own/new/commit/{hub_server.COMMIT}"
+    assert server.created == {"own/new": True}
+    assert HfApi().model_info("own/new").private is True
+    assert sum(method == "PUT" for method, _, _ in server.seen) == 2  # both by LFS
+
+    back = snapshot_download("own/new", cache_dir=tmp_path / "cache")
+    assert contents(pathlib.Path(back)) == contents(folder)
+    with pytest.raises(errors.RepositoryNotFoundError):  # so private it is
+        snapshot_download("own/new", cache_dir=tmp_path / "other", token=False)
+
+
+def test_pushed_again_the_new_files_are_there(server, folder, tmp_path):
+    hub.push(folder, "own/new", private=False)
+    (folder / "config.json").write_text("{}", "utf-8")
+    hub.push(folder, "own/new")
+    assert server.created == {"own/new": False}  # a repository stays what it was
+    assert contents(tmp_path / "uploads/own/new") == contents(folder)
+
+
+def test_a_name_alone_is_the_readers_own(server, folder):
+    assert "/me/new/commit/" in hub.push(folder, "new")
+    assert server.created == {"me/new": True}
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_without_a_token_nothing_is_asked(given, server, folder, monkeypatch):
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.delenv("HF_TOKEN")
+    if given is not None:
+        monkeypatch.setenv("HF_TOKEN", given)
+    with pytest.raises(PermissionError, match="hf auth login.*HF_TOKEN.*write access"):
+        hub.push(folder, "own/new")
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.PTH", "checkpoint-1/a.pkl"])
+def test_a_pickle_is_named_and_stays_here(name, server, folder):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name} is a pickle"):
+        hub.push(folder, "own/new")
+    assert server.seen == []
+
+
+def test_a_model_without_its_card_stays_here(server, folder):
+    (folder / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"has no README\.md"):
+        hub.push(folder, "own/new")
+    assert server.seen == []
+
+
+def test_a_folder_without_weights_stays_here(server, folder, tmp_path):
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    for given in (folder, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match=r"holds no \*\.safetensors"):
+            hub.push(given, "own/new")
+    assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    ("repo", "status"), [("own/unknown", 401), ("own/refused", 403), (READABLE, 403)]
+)
+def test_a_refused_token_gets_one_sentence(repo, status, server, folder):
+    with pytest.raises(PermissionError, match=rf"{repo} \({status}\)") as caught:
+        hub.push(folder, repo)
+    assert "write access" in str(caught.value) and caught.value.__suppress_context__
+    assert server.created == {} and contents(server.uploads) == {}
+
+
+def test_so_does_a_token_that_is_refused_by_xet(server, folder, monkeypatch):
+    pytest.importorskip("hf_xet")  # not on every platform
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(PermissionError, match=r"own/new \(403\).*write access"):
+        hub.push(folder, "own/new")
+
+
+def test_another_error_of_the_hub_is_left_as_it_is(server, folder):
+    server.refusals["own/broken"] = (418, "Broken")
+    with pytest.raises(errors.HfHubHTTPError) as caught:
+        hub.push(folder, "own/broken")
+    assert caught.value.response.status_code == 418
+
+
+# ---- the server itself ----
+
+
+@pytest.mark.parametrize(
+    ("uploads", "token", "status"), [(True, False, 401), (False, TOKEN, 403)]
+)
+def test_the_server_refuses_as_the_hub_does(uploads, token, status, server, folder):
+    if not uploads:
+        server.uploads = None
+    api = HfApi(token=token)
+    for write in (
+        lambda: api.create_repo("own/new", exist_ok=True),
+        lambda: api.upload_folder(repo_id=READABLE, folder_path=folder),
+    ):
+        with pytest.raises(errors.HfHubHTTPError) as caught:
+            write()
+        assert caught.value.response.status_code == status
+    assert server.created == {}
