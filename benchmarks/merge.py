@@ -1,7 +1,7 @@
 """Merge adapters every way and judge each merge as it would be served.
 
-    python benchmarks/merge.py embedded          on any machine, minutes on a GPU
-    python benchmarks/merge.py ranks             adapters of rank 4 to 256, trained here
+    python benchmarks/merge.py embedded          data/adapter, on any machine
+    python benchmarks/merge.py 4 16 64 256       adapters of these ranks, trained here
     python benchmarks/merge.py 1B 8B             random weights, trained a little here
 
 Adds its rows to data/measured/merge.json, in place of older ones of the same run. A
@@ -36,6 +36,7 @@ GGUF = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
 RANKS = (4, 16, 64, 256)
 STRENGTHS = (0.25, 0.5, 2, 4, 8)
 RATES = {"1B": 2e-4, "8B": 2e-4}
+FEW_STEPS = 30  # of an 8B, for time's sake
 
 
 def stored(weight, kind):
@@ -137,14 +138,14 @@ class Study:
         ]
 
 
-def trained_here(base, tokenizer, rank, rate):
-    """The model after the recipe's steps, with an adapter of this rank."""
+def trained_here(base, tokenizer, rank, rate, steps=STEPS):
+    """The model after some steps of the recipe, with an adapter of this rank."""
     machine = env.profile()
     torch.manual_seed(0)
     model = get_peft_model(base, train.lora_config(rank, 2 * rank))
     dataset = records.to_prompt_completion(records.load("train"), tokenizer)
     folder = str(env.cache_dir() / "benchmark_merge")
-    settings = train.sft_config(machine, folder, STEPS, BATCH, rate)
+    settings = train.sft_config(machine, folder, steps, BATCH, rate)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     trainer.train()
     return model.eval()
@@ -165,23 +166,20 @@ def study_embedded():
         yield from study.rows("data/adapter", (BF16, NF4, "Q4_0"), strength)
 
 
-def study_ranks():
+def study_rank(rank):
     machine = env.profile()
-    for rank in RANKS:
-        base, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
-        trained = trained_here(base, tokenizer, rank, LEARNING_RATE)
-        plain, _ = models.load_base(models.EMBEDDED)
-        study = Study(trained, plain, tokenizer, records.load("phrasing"))
-        yield from study.rows(f"rank {rank}", (BF16, NF4))
-        del base, trained, plain, study
-        gc.collect()
+    base, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
+    trained = trained_here(base, tokenizer, rank, LEARNING_RATE)
+    plain, _ = models.load_base(models.EMBEDDED)
+    study = Study(trained, plain, tokenizer, records.load("phrasing"))
+    yield from study.rows(f"rank {rank}", (BF16, NF4))
 
 
 def study_random(shape):
     machine = env.profile()
     tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
     base = models.random_llama(shape, train.nf4_config(machine))
-    trained = trained_here(base, tokenizer, 16, RATES[shape])
+    trained = trained_here(base, tokenizer, 16, RATES[shape], FEW_STEPS)
     plain = models.random_llama(shape)  # the same seed, so the same weights
     questions = records.load("phrasing")[:24]
     study = Study(trained, plain, tokenizer, questions)
@@ -191,18 +189,21 @@ def study_random(shape):
 
 def main(names) -> None:
     env.quiet()
-    try:
-        rows = recorded.read("merge")["rows"]
-    except FileNotFoundError:
-        rows = []
     for name in names:
-        studies = {"embedded": study_embedded, "ranks": study_ranks}
-        study = studies[name]() if name in studies else study_random(name)
+        if name == "embedded":
+            study = study_embedded()
+        else:
+            study = study_rank(int(name)) if name.isdigit() else study_random(name)
         new = [row | {"gpu": recorded.facts()["gpu"]} for row in study]
+        try:
+            rows = recorded.read("merge")["rows"]
+        except FileNotFoundError:
+            rows = []
         runs = {row["run"] for row in new}
         rows = [row for row in rows if row["run"] not in runs] + new
         recorded.write("merge", recorded.facts(), rows)
+        gc.collect()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["embedded", "ranks", *RATES])
+    main(sys.argv[1:] or ["embedded", *map(str, RANKS), *RATES])

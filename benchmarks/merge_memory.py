@@ -79,7 +79,8 @@ def in_memory(base: str, adapter: str, out: str, into: str) -> dict:
 
 def by_shards(base: str, adapter: str, out: str, into: str, shard: str) -> dict:
     size = int(shard) * 10**6
-    predicted = merge.work_bytes(base, adapter, size)
+    env.return_freed_memory()
+    predicted = merge.work_bytes(base, adapter, into, size)
     with memory.private_peak() as held:
         start = time.perf_counter()
         merge.merge_folder(base, adapter, out, into, size)

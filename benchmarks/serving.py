@@ -1,11 +1,12 @@
 """Time generation in 4 bits with an adapter, in 4 bits, and in 16; on an NVIDIA GPU.
 
-    python benchmarks/serving.py
+    python benchmarks/serving.py [products] [135M] [1B] [8B]
 
 Writes data/measured/serving.json. Random weights take the same time as trained ones.
 The rows of a matrix are one product of a random 8B's MLP weight, in eval mode.
 """
 
+import functools
 import sys
 import time
 
@@ -20,7 +21,7 @@ BATCHES = (1, 8, 32)
 VARIANTS = ("4-bit and adapter", "4-bit, merged", "16-bit, merged")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 MATRIX = (14336, 4096)  # up_proj of an 8B: out, in
-REPEATS = 50
+REPEATS, PRODUCTS = 50, 10
 
 
 def model_of(shape: str, variant: str):
@@ -76,29 +77,58 @@ def products() -> list[dict]:
                 count, width, device=machine.device, dtype=machine.compute_dtype
             )
             with torch.no_grad():
-                times = sorted(once(layer, x) for _ in range(REPEATS))
-            row = {"matrix": f"{out}x{width}", "kind": kind, "rows": count}
-            row["microseconds"] = round(1e6 * times[len(times) // 2], 1)
-            print(row, flush=True)
-            rows.append(row)
+                ways = {"as called": functools.partial(repeat, layer, x)}
+                if x.is_cuda:  # the GPU's own time, without Python's
+                    ways["CUDA graph"] = captured(layer, x).replay
+                for way, products in ways.items():
+                    times = sorted(once(products, x.is_cuda) for _ in range(REPEATS))
+                    row = {"matrix": f"{out}x{width}", "kind": kind, "rows": count}
+                    row |= {"way": way}
+                    row["microseconds"] = round(1e6 * times[len(times) // 2], 1)
+                    print(row, flush=True)
+                    rows.append(row)
     return rows
 
 
-def once(layer, x) -> float:
-    """Seconds of ten products, by ten: a single one is too short to time."""
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
+def repeat(layer, x) -> None:
+    for _ in range(PRODUCTS):
+        layer(x)
+
+
+def captured(layer, x) -> torch.cuda.CUDAGraph:
+    """PRODUCTS products as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        repeat(layer, x)
+    return graph
+
+
+def once(products, cuda) -> float:
+    """Seconds of one product, of PRODUCTS: a single one is too short to time."""
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     synchronize()
     start = time.perf_counter()
-    for _ in range(10):
-        layer(x)
+    products()
     synchronize()
-    return (time.perf_counter() - start) / 10
+    return (time.perf_counter() - start) / PRODUCTS
 
 
-def main(shapes) -> None:
+def main(names) -> None:
+    """The products, if asked for, and the shapes; rows of others are kept."""
     env.quiet()
-    rows = products()
-    for shape in shapes:
+    try:
+        rows = recorded.read("serving")["rows"]
+    except FileNotFoundError:
+        rows = []
+    rows = [r for r in rows if r.get("shape", "products") not in names]
+    if "products" in names:
+        rows = products() + rows
+        recorded.write("serving", recorded.facts(), rows)
+    for shape in [name for name in names if name in SHAPES]:
         for variant in VARIANTS:
             rows += generation(shape, variant)
             recorded.write("serving", recorded.facts(), rows)
@@ -106,4 +136,4 @@ def main(shapes) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or SHAPES)
+    main(sys.argv[1:] or ["products", *SHAPES])

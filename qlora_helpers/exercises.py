@@ -337,11 +337,12 @@ def check_merged_at(merged_at) -> bool:
 def check_held_bytes(held_bytes) -> bool:
     """Exercise 07.3: the most bytes that a merge by shards holds."""
     cases = []
-    for name, shard in (("70B", 10**9), ("8B", 5 * 10**9), ("1B", 10**8)):
+    for name, shard, r in (("70B", 10**9, 16), ("8B", 5 * 10**9, 64), ("1B", 10**8, 8)):
         shape = models.SHAPES[name]
-        adapter = 16 * shape.layers * shape.hidden
-        largest = 4 * shape.hidden * shape.intermediate
-        kept = max(shard, 2 * shape.vocab * shape.hidden)
-        numbers = (shard, shape.vocab, shape.hidden, shape.intermediate, adapter)
-        cases.append((numbers, kept + largest + 2 * adapter))
+        hidden, intermediate = shape.hidden, shape.intermediate
+        key_value = hidden // shape.heads * shape.kv_heads
+        sides = 4 * hidden + 2 * (hidden + key_value) + 3 * (hidden + intermediate)
+        numbers = (shard, hidden, intermediate, key_value, shape.layers, r)
+        adapter = 2 * r * shape.layers * sides
+        cases.append((numbers, shard + 4 * hidden * intermediate + adapter))
     return _try("exercise 07.3", held_bytes, cases)

@@ -71,13 +71,7 @@ def merge_folder(
     files = tensors_of(source)
     if missing := [name for name in pairs if name not in files]:
         raise ValueError(f"the base has no {missing[0]}, which the adapter changes")
-    shards = split_state_dict_into_shards_factory(
-        {name: size for name, (_, size) in files.items()},
-        get_storage_size=lambda size: size,
-        get_storage_id=lambda size: None,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
-    )
+    shards = split(files, shard_bytes)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as beside:
         made = Path(beside) / "model"
@@ -121,18 +115,34 @@ def merged(weight, pair, four_bit):
     return weight.to(dtype)
 
 
-def work_bytes(base: str, adapter, shard_bytes: int = SHARD) -> int:
+def work_bytes(
+    base: str, adapter, into: str = "dequantized", shard_bytes: int = SHARD
+) -> int:
     """The most that `merge_folder` holds at once, on a CPU: predicted from shapes.
 
-    A shard, which no tensor is cut for; for the largest matrix that the adapter
-    changes its change in fp32; and the adapter.
+    Of the fullest shard the tensors that change (the others are mapped, from file to
+    file), the largest change in fp32, and the adapter.
     """
     files, pairs = tensors_of(base_folder(base)), read_pairs(adapter)
-    shard = max(shard_bytes, max(size for _, size in files.values()))
-    whole = sum(size for _, size in files.values())
+    changed = set(pairs)
+    if into == "dequantized":
+        changed |= set(four_bit_weights(base, adapter))
+    shards = split(files, shard_bytes).filename_to_tensors.values()
+    fullest = max(sum(files[n][1] for n in names if n in changed) for names in shards)
     largest = max(A.shape[1] * B.shape[0] for A, B, _ in pairs.values())
     kept = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
-    return min(shard, whole) + 4 * largest + kept
+    return fullest + 4 * largest + kept
+
+
+def split(files, shard_bytes: int):
+    """Which tensors go into which file of the merged model: huggingface_hub's plan."""
+    return split_state_dict_into_shards_factory(
+        {name: size for name, (_, size) in files.items()},
+        get_storage_size=lambda size: size,
+        get_storage_id=lambda size: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
 
 
 def base_folder(base: str) -> Path:
@@ -245,7 +255,8 @@ def main(arguments=None) -> None:
     given = parser.parse_args(arguments)
     env.quiet()
     size = given.shard_mb * 10**6
-    predicted = work_bytes(given.base, given.adapter, size)
+    env.return_freed_memory()
+    predicted = work_bytes(given.base, given.adapter, given.into, size)
     with memory.private_peak() as found:
         merge_folder(given.base, given.adapter, given.out, given.into, size)
     print(f"predicted {predicted / 1e6:.0f} MB, held {found['bytes'] / 1e6:.0f} MB")

@@ -190,7 +190,7 @@ def test_the_map_says_what_was_measured():
             exercises.check_merged_at,
             lambda W, A, B, alpha, r, strength: strength * (W + alpha / r * (B @ A)),
         ),
-        (exercises.check_held_bytes, lambda shard, v, h, f, n: shard + 4 * h * f),
+        (exercises.check_held_bytes, lambda shard, h, f, kv, n, r: shard + 4 * h * f),
         (
             exercises.check_adapter_gradients,
             lambda x, A, B, s, g: (s * (g @ B).T @ x, g.T @ (x @ A.T)),
