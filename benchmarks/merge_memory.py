@@ -1,6 +1,6 @@
 """Measure the memory of a merge: in memory with PEFT, and shard by shard.
 
-    python benchmarks/merge_memory.py
+    python benchmarks/merge_memory.py [embedded] [1B] [8B]
 
 Writes data/measured/merge_memory.json, on any Linux machine. Each merge runs in a
 process of its own, with random weights and a random adapter for the larger shapes;
@@ -13,7 +13,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -21,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora_helpers import adapters, env, memory, merge, models, recorded, train
 
-SHAPES = ("embedded", "1B", "3B", "8B")
+SHAPES = ("embedded", "1B", "8B")
 WAYS = {  # name: where into, shard in MB; "": in memory
     "in memory, into original": ("original", ""),
+    "in memory, into dequantized": ("dequantized", ""),
     "in memory, into 4 bits": ("4 bits", ""),
     "shards of 1 GB, original": ("original", "1000"),
     "shards of 1 GB, dequantized": ("dequantized", "1000"),
@@ -55,26 +55,26 @@ def make(shape: str, folder: pathlib.Path):
 
 
 def in_memory(base: str, adapter: str, out: str, into: str) -> dict:
-    """Merge with PEFT and save, as tutorials do; bytes predicted and held."""
+    """Merge with PEFT and save, as tutorials do: bytes of the result, and held."""
     source = merge.base_folder(base)
     files = merge.tensors_of(source)
     weights = sum(size for _, size in files.values())
-    quantization = train.nf4_config(env.profile()) if into == "4 bits" else None
+    quantization = train.nf4_config(env.profile()) if into != "original" else None
     with memory.private_peak() as held:
-        start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.bfloat16, quantization_config=quantization
         )
+        if into == "dequantized":
+            model = model.dequantize()
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         model.save_pretrained(out)
-        seconds = time.perf_counter() - start
-    if quantization is not None:
+    if into == "4 bits":
         kept = {p.data_ptr(): memory.tensor_bytes(p) for p in model.parameters()}
         weights = sum(kept.values())
     pairs = merge.read_pairs(adapter)
     changed = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
     changed *= 4 // next(iter(pairs.values()))[0].itemsize  # PEFT loads them in fp32
-    return {"predicted": weights + changed, "held": held["bytes"], "seconds": seconds}
+    return {"predicted": weights + changed, "held": held["bytes"]}
 
 
 def by_shards(base: str, adapter: str, out: str, into: str, shard: str) -> dict:
@@ -82,14 +82,16 @@ def by_shards(base: str, adapter: str, out: str, into: str, shard: str) -> dict:
     env.return_freed_memory()
     predicted = merge.work_bytes(base, adapter, into, size)
     with memory.private_peak() as held:
-        start = time.perf_counter()
         merge.merge_folder(base, adapter, out, into, size)
-        seconds = time.perf_counter() - start
-    return {"predicted": predicted, "held": held["bytes"], "seconds": seconds}
+    return {"predicted": predicted, "held": held["bytes"]}
 
 
 def main(shapes) -> None:
-    rows = []
+    try:
+        rows = recorded.read("merge_memory")["rows"]
+    except FileNotFoundError:
+        rows = []
+    rows = [row for row in rows if row["shape"] not in shapes]
     for shape in shapes:
         with tempfile.TemporaryDirectory(dir=env.cache_dir()) as folder:
             folder = pathlib.Path(folder)
@@ -105,7 +107,6 @@ def main(shapes) -> None:
                 row |= {
                     "predicted_gb": round(found["predicted"] / 1e9, 3),
                     "held_gb": round(found["held"] / 1e9, 3),
-                    "seconds": round(found["seconds"], 1),
                 }
                 print(row, flush=True)
                 rows.append(row)

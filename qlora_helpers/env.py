@@ -214,13 +214,16 @@ def untested() -> list[str]:
     return lines
 
 
+SERVING = {"openai": ("2", "4"), "xllamacpp": ("2026.4", "2027")}  # of 07
+
+
 def install_on_colab() -> None:
     """Add what Colab or Kaggle lacks, remove what breaks PEFT there; else nothing."""
     # Kaggle's image is built from Colab's, so both are told by what only they set.
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         return
     pip = [sys.executable, "-m", "pip"]
-    needed = TESTED | {"gguf": ("0.17", "1")}
+    needed = TESTED | {"gguf": ("0.17", "1")} | SERVING
     found = versions((*needed, "datasets", "torchao"))
     missing = [
         f"{name}>={first},<{last}"

@@ -28,6 +28,9 @@ from . import adapters, env, memory, models
 
 INTO = ("dequantized", "original")
 SHARD = 10**9  # bytes, of 16-bit weights
+# Bytes a weight of a matrix takes while it is merged, less the 2 that its shard counts:
+# three fp32 copies in bitsandbytes' quantize_4bit on a CPU; or the change, and the sum.
+WORK = {"dequantized": 10, "original": 4}
 PREFIX = "base_model.model."  # what peft writes before a module's name
 # What makes an adapter more than B A added to some linear weights.
 MORE = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
@@ -121,7 +124,7 @@ def work_bytes(
     """The most that `merge_folder` holds at once, on a CPU: predicted from shapes.
 
     Of the fullest shard the tensors that change (the others are mapped, from file to
-    file), the largest change in fp32, and the adapter.
+    file), the work on the largest matrix, and the adapter.
     """
     files, pairs = tensors_of(base_folder(base)), read_pairs(adapter)
     changed = set(pairs)
@@ -131,7 +134,7 @@ def work_bytes(
     fullest = max(sum(files[n][1] for n in names if n in changed) for names in shards)
     largest = max(A.shape[1] * B.shape[0] for A, B, _ in pairs.values())
     kept = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
-    return fullest + 4 * largest + kept
+    return fullest + WORK[into] * largest + kept
 
 
 def split(files, shard_bytes: int):

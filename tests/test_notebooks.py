@@ -92,6 +92,7 @@ WRITTEN_OUT = {
     ("02", "quant"): ["dynamic_code", "quantize_scales", "dequantize_scales"],
     ("03", "layer"): ["FrozenProduct", "QLoRALinear"],
     ("06", "train"): ["nf4_config", "lora_config", "sft_config", "build_trainer"],
+    ("07", "merge"): ["lora_change", "through_nf4"],
 }
 
 
