@@ -48,6 +48,8 @@ def _short(value) -> str:
         return f"tensor of {tuple(value.shape)}: [{first}, ...]"
     if isinstance(value, tuple):
         return f"({', '.join(map(_short, value))})"
+    if callable(value):
+        return getattr(value, "__name__", "a function")  # repr holds an address
     text = repr(value)
     return text if len(text) <= 160 else f"{text[:100]} ... {text[-50:]}"
 

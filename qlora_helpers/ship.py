@@ -24,14 +24,19 @@ CARD = """---
 {base} with a QLoRA adapter merged into its {into} weights, stored in 16 bits.
 
 - **Base**: {base}, revision `{revision}`
-- **Adapter**: {adapter}
 - **Data**: {data}
-- **Measured**: {measured}
+- **Measured**: {accuracy}; {asked}, execution accuracy, 95 % interval
 - **Made with**: {versions}
 - **Licence**: {licence}
 
-It answers as it was trained, on the tables of one database. Load it with plain
-transformers; neither bitsandbytes nor peft is needed.
+Ask it as it was trained, with its chat template and this system message:
+
+```
+{system}
+```
+
+It answers for the tables of one database. Load it with plain transformers; neither
+bitsandbytes nor peft is needed.
 """
 KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a file
     "F16": gguf.LlamaFileType.MOSTLY_F16,
@@ -43,35 +48,30 @@ KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a
 }
 
 
-def write_card(
-    folder, adapter, into: str, data: str, licence: str, accuracy: Accuracy
-) -> pathlib.Path:
+def write_card(folder, adapter, facts: dict, accuracy: Accuracy) -> pathlib.Path:
     """Write README.md, the model's card, into the folder of a merged model.
 
-    adapter: the folder it came from, whose base it names. into: the weights it was
-    merged into. data: what it was trained on, in words. licence: by its SPDX name, as
-    the Hub takes it. accuracy: as measured on the merged model itself.
+    adapter: the folder it came from, whose base it names. facts, in words: `into` (the
+    weights it was merged into), `data`, `licence` (its SPDX name), `system` (the system
+    message) and `asked` (the questions of `accuracy`, which was measured on the merged
+    model itself). Raises KeyError for a fact that is missing.
     """
     folder = pathlib.Path(folder)
     base = adapters.base_of(adapter)
-    measured = f"{accuracy!r}: 95 % interval, execution accuracy"
     header = ModelCardData(
-        license=licence.lower(),
+        license=facts["licence"].lower(),
         library_name="transformers",
-        tags=["qlora", "text-to-sql"],
+        tags=["qlora"],
         pipeline_tag="text-generation",
     ).to_yaml()
     text = CARD.format(
         header=header,
         title=folder.name,
-        into=into,
         base=base["name"],
         revision=base["revision"],
-        adapter=pathlib.Path(adapter).name,
-        data=data,
-        measured=measured,
+        accuracy=repr(accuracy),
         versions=", ".join(f"{k} {v}" for k, v in env.versions().items()),
-        licence=licence,
+        **facts,
     )
     card = folder / "README.md"
     beside = folder / f"README.md.{os.getpid()}.part"

@@ -92,8 +92,9 @@ ACCURACY = evaluate.Accuracy(0.96, 0.92, 0.99, 100, 1.0, [])
 
 def write_card(folder):
     adapter = env.path("data/adapter")
-    data = "2,000 questions on night trains"
-    return ship.write_card(folder, adapter, "dequantized", data, "Apache-2.0", ACCURACY)
+    facts = {"into": "dequantized", "data": "questions on night trains"}
+    facts |= {"licence": "Apache-2.0", "system": records.SYSTEM, "asked": "new words"}
+    return ship.write_card(folder, adapter, facts, ACCURACY)
 
 
 def test_the_card_says_what_the_model_is(folder):
@@ -102,7 +103,13 @@ def test_the_card_says_what_the_model_is(folder):
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "transformers"
     parts = (base["name"], base["revision"], "96.0% right", "night trains")
-    for said in (*parts, "bitsandbytes 0.", "Apache-2.0", "dequantized"):
+    for said in (
+        *parts,
+        "bitsandbytes 0.",
+        "Apache-2.0",
+        "dequantized",
+        records.SYSTEM,
+    ):
         assert said in card.text
 
 
