@@ -5,7 +5,6 @@ import pathlib
 import tempfile
 
 import gguf
-import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
@@ -148,5 +147,5 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def add_tensor(writer, name, weight, kind) -> None:
     """Quantize one tensor, as llama.cpp does, and add it under its GGUF name."""
-    data = gguf.quants.quantize(weight.float().numpy().astype(np.float32), kind)
+    data = gguf.quants.quantize(weight.float().numpy(), kind)
     writer.add_tensor(name, data, raw_dtype=kind)
