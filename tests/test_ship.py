@@ -160,15 +160,16 @@ def test_llama_cpp_answers_with_the_same_words(folder, source, answers, tmp_path
     assert sum(a == b for a, b in zip(said, answers, strict=True)) >= 5
 
 
-def ask(client, record, **options):
+def ask(client, record, model="merged", stream=False):
+    """The client's answer: its text, or its parts as they come."""
     answer = client.chat.completions.create(
-        model="merged",
+        model=model,
         messages=records.messages(record),
         max_tokens=64,
         temperature=0,
-        **options,
+        stream=stream,
     )
-    return answer.choices[0].message.content
+    return answer if stream else answer.choices[0].message.content
 
 
 def test_the_rows_of_a_head_are_interleaved_and_no_other(folder):
@@ -210,23 +211,12 @@ def test_transformers_serve_answers_and_streams(folder, answers):
             wait_for(f"http://127.0.0.1:{port}/health", server)
             address = f"http://127.0.0.1:{port}/v1"
             client = openai.OpenAI(base_url=address, api_key="none")
-            assert ask_served(client, folder) == answers[1]
-            parts = ask_served(client, folder, stream=True)
+            assert ask(client, QUESTIONS[1], str(folder)) == answers[1]
+            parts = ask(client, QUESTIONS[1], str(folder), stream=True)
             texts = [part.choices[0].delta.content for part in parts if part.choices]
             assert len(texts) > 3 and "".join(filter(None, texts)) == answers[1]
         finally:
             server.terminate()
-
-
-def ask_served(client, folder, stream=False):
-    answer = client.chat.completions.create(
-        model=str(folder),
-        messages=records.messages(QUESTIONS[1]),
-        max_tokens=64,
-        temperature=0,
-        stream=stream,
-    )
-    return answer if stream else answer.choices[0].message.content
 
 
 def wait_for(address, server, seconds=120):
