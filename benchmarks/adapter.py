@@ -47,10 +47,12 @@ def main(column: str) -> None:
             model, tokenizer, questions, databases, system=system
         )
         accuracy[f"{test}_percent"] = [round(100 * value, 1) for value in judged[:3]]
+    place = env.ROOT / "data" / FOLDER[column]
+    (place / "training.json").unlink(missing_ok=True)  # written below, anew
     saved = adapters.save_adapter(
         model,
         None,  # the base's tokenizer, unchanged
-        env.ROOT / "data" / FOLDER[column],
+        place,
         models.base_identity(models.EMBEDDED),
         dtype=torch.float16,  # half the bytes; more digits than bf16 has
     )

@@ -45,7 +45,7 @@ def measure(name: str) -> None:
     run = {"shape": SHAPE, "method": "qlora", "length": 64, "rows": 1, "every": 1}
     model = make(run, machine)
     memory.hold_to(cap)
-    predicted = fit.longest_row(models.llama_config(SHAPE), CARD_GIB)
+    predicted = fit.longest_row(models.llama_config(SHAPE), CARD_GIB, kind="fp16")
     low, high, tries = predicted // 2 // CLOSE * CLOSE, 2 * predicted, 0
     while high - low > CLOSE:
         middle = (low + high) // 2 // CLOSE * CLOSE

@@ -81,9 +81,15 @@ class Study:
         right = None
         if self.questions is not self.few:
             right = evaluate.execution_accuracy(
-                model, self.tokenizer, self.questions, self.databases
+                model,
+                self.tokenizer,
+                self.questions,
+                self.databases,
+                system=records.SYSTEM,
             )
-        return right, evaluate.answer_logits(model, self.tokenizer, self.few)
+        return right, evaluate.answer_logits(
+            model, self.tokenizer, self.few, system=records.SYSTEM
+        )
 
     def row(self, facts, right, logits=None):
         row = dict(facts)
@@ -143,7 +149,9 @@ def trained_here(base, tokenizer, rank, rate, steps=STEPS):
     machine = env.profile()
     torch.manual_seed(0)
     model = get_peft_model(base, train.lora_config(rank, 2 * rank))
-    dataset = records.to_prompt_completion(records.load("train"), tokenizer)
+    dataset = records.to_prompt_completion(
+        records.load("train"), tokenizer, system=records.SYSTEM
+    )
     folder = str(env.cache_dir() / "benchmark_merge")
     settings = train.sft_config(machine, folder, steps, BATCH, rate)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)

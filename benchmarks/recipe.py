@@ -36,11 +36,11 @@ def with_examples(record: dict, tokenizer) -> str:
         if example["family"] not in seen and len(chosen) < EXAMPLES:
             seen.add(example["family"])
             chosen.append(example)
-    chat = records.messages(record)[:1]
+    chat = records.messages(record, records.SYSTEM)[:1]
     for example in chosen:
-        chat += records.messages(example)[1:]
+        chat += records.messages(example, None)
         chat.append({"role": "assistant", "content": example["output"]})
-    chat += records.messages(record)[1:]
+    chat += records.messages(record, None)
     return tokenizer.apply_chat_template(
         chat, tokenize=False, add_generation_prompt=True
     )
@@ -56,7 +56,9 @@ def run(name: str) -> dict:
     row = {"run": name, "seed": seed, "steps": steps, "batch": batch, "tokens": 0}
     if kind == "train":
         model = get_peft_model(model, train.lora_config())
-        dataset = records.to_prompt_completion(records.load("train"), tokenizer)
+        dataset = records.to_prompt_completion(
+            records.load("train"), tokenizer, system=records.SYSTEM
+        )
         folder = str(env.cache_dir() / f"benchmark_{abs(hash(name))}")
         settings = train.sft_config(machine, folder, steps, batch, LEARNING_RATE)
         settings.seed = seed
@@ -75,7 +77,9 @@ def run(name: str) -> dict:
             ]
             found = evaluate.bootstrap_interval(right)
         else:
-            judged = evaluate.execution_accuracy(model, tokenizer, questions, databases)
+            judged = evaluate.execution_accuracy(
+                model, tokenizer, questions, databases, system=records.SYSTEM
+            )
             found = judged[:3]
         for field, value in zip(("", "low_", "high_"), found, strict=True):
             row[f"{test}_{field}percent"] = round(100 * value, 1)

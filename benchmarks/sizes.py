@@ -28,7 +28,9 @@ def run(shape: str, cap_gib: float | None) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
     model = models.random_llama(shape, train.nf4_config(machine))
     model = get_peft_model(model, train.lora_config())
-    dataset = records.to_prompt_completion(records.load("train"), tokenizer)
+    dataset = records.to_prompt_completion(
+        records.load("train"), tokenizer, system=records.SYSTEM
+    )
     folder = str(env.cache_dir() / "benchmark_sizes")
     settings = train.sft_config(machine, folder, STEPS, BATCH, 2e-4)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)

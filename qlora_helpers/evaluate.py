@@ -136,7 +136,7 @@ def _as_trained(model):
 def generate_answers(
     model, tokenizer, prompts, batch_size=64, max_new_tokens=MAX_NEW_TOKENS
 ):
-    """Let the model answer each prompt greedily; prompts hold their template already.
+    """Let the model answer each prompt greedily; prompts are texts of `records.prompt`.
 
     Returns [(text, stopped)] in the prompts' order; `stopped` says that the answer
     ended by itself and was not cut at `max_new_tokens`.
@@ -151,7 +151,7 @@ def generate_answers(
         max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad,
         do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
     )  # fmt: skip
-    ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    ids = [task.context_ids(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # little padding
     answers, was_training = [None] * len(ids), model.training
     model.eval()
@@ -182,9 +182,7 @@ def generate_answers(
     return answers
 
 
-def execution_accuracy(
-    model, tokenizer, records, databases, *, system=task.SYSTEM, batch_size=64
-):
+def execution_accuracy(model, tokenizer, records, databases, *, system, batch_size=64):
     """Ask the model every record's question, run its SQL, compare with the gold.
 
     `system` is the system message of every prompt, None for none. Returns an Accuracy
@@ -205,11 +203,12 @@ def execution_accuracy(
     return Accuracy(mean, low, high, len(rows), stopped, rows)
 
 
-def answer_logits(model, tokenizer, records, *, system=task.SYSTEM):
+def answer_logits(model, tokenizer, records, *, system):
     """The logits with which a model meets each token of the gold answers.
 
-    Returns (tokens, vocabulary), fp32, on the CPU: the rows of every record one after
-    another, the end token's last.
+    `system` is the system message of every prompt, None for none. Returns (tokens,
+    vocabulary), fp32, on the CPU: the rows of every record one after another, the end
+    token's last.
     """
     was_training, kept = model.training, []
     model.eval()
@@ -217,11 +216,11 @@ def answer_logits(model, tokenizer, records, *, system=task.SYSTEM):
         with torch.no_grad(), _as_trained(model):
             for record in records:
                 asked = task.prompt(record, tokenizer, system)
-                prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-                answer = tokenizer(record["output"], add_special_tokens=False)
-                ids = torch.tensor([prompt + answer["input_ids"]]).to(model.device)
+                before = len(task.context_ids(asked, tokenizer))
+                whole = task.context_ids(asked + record["output"], tokenizer)
+                ids = torch.tensor([whole]).to(model.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0]
-                kept.append(logits[len(prompt) - 1 :].float().cpu())
+                kept.append(logits[before - 1 :].float().cpu())
     finally:
         model.train(was_training)
     return torch.cat(kept)
@@ -274,7 +273,7 @@ def generation_speed(model, batch: int, prompt: int = 64, tokens: int = 16) -> f
     return batch * tokens / (time.perf_counter() - start)
 
 
-def ask(question, model, tokenizer, database, *, system=task.SYSTEM):
+def ask(question, model, tokenizer, database, *, system):
     """Put one question in English to the model and run the SQL that it writes.
 
     `system` is the system message, None for none. Returns an Answer: SQL and rows.
@@ -288,6 +287,7 @@ def ask(question, model, tokenizer, database, *, system=task.SYSTEM):
 def perplexity(model, tokenizer, text, block=256):
     """Measure exp(mean nats a token) of a text, block by block of so many tokens.
 
+    Each block follows what the tokenizer puts in front of a text (BOS), unscored.
     The interval resamples blocks. Compare two models by `paired_interval` on their
     `nll`, over 4,000 tokens or more: blocks of one text differ more than models do.
     A text shorter than a block is one block; what is left over at the end is unread.
@@ -296,16 +296,19 @@ def perplexity(model, tokenizer, text, block=256):
     block = min(block, len(ids) - 1)
     if block < 1:
         raise ValueError(f"expected a text of two tokens or more, got {len(ids)}")
+    front = task.leading_ids(tokenizer)
     was_training, nll = model.training, []
     model.eval()
     try:
         with torch.no_grad():
             for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
-                # (1, block + 1): the first token is context, all others are scored
-                piece = torch.tensor([ids[start : start + block + 1]]).to(model.device)
+                # block + 1 tokens: the first one is context, all others are scored
+                piece = torch.tensor([front + ids[start : start + block + 1]])
+                piece = piece.to(model.device)
                 with _as_trained(model):
                     logits = model(input_ids=piece[:, :-1], use_cache=False).logits[0]
-                loss = torch.nn.functional.cross_entropy(logits.float(), piece[0, 1:])
+                logits, scored = logits[-block:].float(), piece[0, -block:]
+                loss = torch.nn.functional.cross_entropy(logits, scored)
                 nll.append(loss.item())
     finally:
         model.train(was_training)

@@ -95,7 +95,7 @@ def check_prompt(write_prompt) -> bool:
     cases = []
     for question in questions:
         record = {"instruction": question, "input": ""}
-        expected = records.prompt(record, tokenizer)
+        expected = records.prompt(record, tokenizer, records.SYSTEM)
         cases.append(((records.SYSTEM, question), expected))
     return _try("exercise 00.2", write_prompt, cases)
 

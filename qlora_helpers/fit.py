@@ -1,10 +1,13 @@
 """Will it fit? One call, one sentence."""
 
+import bisect
 import copy
 from typing import NamedTuple
 
+from transformers import BitsAndBytesConfig
+
 from . import env, memory, models, train
-from .plan import projections
+from .plan import check_whole, projections
 
 # What CUDA takes beside torch, in GiB: 0.75 to 0.89 in data/measured/memory_grid.json,
 # on an H200; no other card was measured.
@@ -23,13 +26,16 @@ METHODS = {
 }
 
 
+KINDS = ("bf16", "fp16")  # of a GPU, as env.elsewhere takes them; a T4 is "fp16"
+
+
 class Fit(NamedTuple):
     """The answer; printed it is its sentence."""
 
     fits: bool
     sentence: str
     prediction: memory.Prediction
-    held_gib: float  # what torch may hold at the peak, with what it cannot use
+    needed_gib: float  # torch's peak, and about what its allocator cannot use
     disk_gib: float  # the 16-bit files that are loaded
     ram_gib: float  # the host's memory while they are
 
@@ -37,42 +43,57 @@ class Fit(NamedTuple):
         return self.sentence
 
 
-def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
+def will_it_fit(
+    model, gpu_gib, method="qlora", batch=1, length=512, kind="bf16"
+) -> Fit:
     """Whether the course's recipe trains `model` on a GPU, and what to change if not.
 
     model: a name of models.SHAPES, a Hub id, a directory, or a LlamaConfig. gpu_gib:
     the card's memory. method: "qlora", "lora" or "full" (16-bit weights, gradients and
-    states). batch: rows on the GPU at a time; length: their tokens.
+    states). batch: rows on the GPU at a time; length: their tokens. kind: "fp16" for a
+    GPU without bf16 (a T4), where the recipe repeats keys and values.
 
-    Raises ValueError for an unknown shape or method, or numbers that are not positive.
+    Raises ValueError for what is none of these, and for rows longer than the model was
+    made for; and what models.config_of raises.
     """
+    check_whole("batch", batch)
+    check_whole("length", length)
+    room = _room(gpu_gib, kind)
     config = models.config_of(model)
-    room = _room(gpu_gib)
+    name = f"a Llama of width {config.hidden_size}" if config is model else model
+    longest = config.max_position_embeddings
+    if length > longest:
+        raise ValueError(
+            f"length is {length:,}, but {name} was made for rows of at most "
+            f"{longest:,} tokens"
+        )
 
-    def held(method, batch, length):
-        return _held(memory.predict(*configs(config, method, batch, length)))
+    def most_rows(method):
+        def fits(rows):
+            return _needed(_predicted(config, method, rows, length, kind)) <= room
 
-    prediction = memory.predict(*configs(config, method, batch, length))
-    needed = _held(prediction)
+        return _most(batch, fits)
+
+    prediction = _predicted(config, method, batch, length, kind)
+    needed = _needed(prediction)
     fits = needed <= room
     disk, ram = _loading(config)
-    name = model if isinstance(model, str) else f"a Llama of width {config.hidden_size}"
     sentence = (
-        f"{name}, {METHODS[method]}, {batch} x {length:,} tokens: "
+        f"{name}, {METHODS[method]}, {batch} x {length:,} tokens in {kind}: "
         f"{'fits' if fits else 'does not fit'}: torch uses "
         f"{prediction.peak / env.GIB:.1f} GiB at its peak ({prediction.moment}) and "
-        f"may hold {needed / env.GIB:.1f}, CUDA about {CONTEXT_GIB}, the "
+        f"needs about {needed / env.GIB:.1f}, CUDA about {CONTEXT_GIB}, the "
         f"card has {gpu_gib:g}; loading takes {disk:.1f} GiB of disk and {ram:.1f} of "
         "RAM"
     )
     if not fits:
         changes = []
-        if held(method, 1, length) <= room:
-            changes.append("1 row at a time")
-        elif shorter := longest_row(config, gpu_gib, method):
+        if rows := most_rows(method):
+            changes.append(_at_most(rows))
+        elif shorter := longest_row(config, gpu_gib, method, kind):
             changes.append(f"rows of at most {shorter:,} tokens, 1 at a time")
-        if method != "qlora" and held("qlora", batch, length) <= room:
-            changes.append("QLoRA")
+        if method != "qlora" and (rows := most_rows("qlora")):
+            changes.append(f"QLoRA{f' and {_at_most(rows)}' if rows < batch else ''}")
         sentence += (
             f"; it fits with {', or with '.join(changes)}"
             if changes
@@ -81,29 +102,45 @@ def will_it_fit(model, gpu_gib, method="qlora", batch=1, length=512) -> Fit:
     return Fit(fits, sentence + ".", prediction, needed / env.GIB, disk, ram)
 
 
-def longest_row(model, gpu_gib, method="qlora") -> int:
+def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
     """Tokens of the longest row that fits, one at a time; 0 if 64 do not.
 
     In steps of 64, up to what the model was made for. Takes what will_it_fit takes.
     """
-    config, room = models.config_of(model), _room(gpu_gib)
-    low, high = 0, config.max_position_embeddings // 64 + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        held = _held(memory.predict(*configs(config, method, 1, 64 * middle)))
-        low, high = (middle, high) if held <= room else (low, middle)
-    return 64 * low
+    room = _room(gpu_gib, kind)
+    config = models.config_of(model)
+
+    def fits(steps):
+        return _needed(_predicted(config, method, 1, 64 * steps, kind)) <= room
+
+    return 64 * _most(config.max_position_embeddings // 64, fits)
 
 
-def _room(gpu_gib) -> float:
-    """Bytes that torch may hold."""
-    if not gpu_gib > 0:
-        raise ValueError(f"gpu_gib is {gpu_gib}, expected the card's memory in GiB")
+def _at_most(rows) -> str:
+    return f"at most {rows} row{'s' if rows > 1 else ''} at a time"
+
+
+def _most(limit, fits) -> int:
+    """The largest number up to `limit` that fits; 0 if 1 does not."""
+    return bisect.bisect(range(1, limit + 1), False, key=lambda n: not fits(n))
+
+
+def _room(gpu_gib, kind) -> float:
+    """Bytes that torch may take on a GPU of that kind."""
+    memory.check_gib("gpu_gib", gpu_gib)
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown: take one of {list(KINDS)}")
     return (gpu_gib - CONTEXT_GIB) * env.GIB
 
 
-def _held(prediction) -> float:
-    """Bytes that torch's allocator may hold: the peak, and what it cannot use."""
+def _predicted(config, method, batch, length, kind):
+    """What the recipe is predicted to take on a GPU of that kind."""
+    machine = env.elsewhere(kind)
+    return memory.predict(*configs(config, method, batch, length, machine=machine))
+
+
+def _needed(prediction) -> float:
+    """Bytes that torch needs: the peak, and about what its allocator cannot use."""
     kinds = prediction.kinds
     stays = ("base weights", "adapters", "optimizer", "workspaces")
     passing = prediction.peak - sum(kinds[kind] for kind in stays)
@@ -140,6 +177,9 @@ def configs(config, method, batch, length, every=1, machine=None):
         settings.optim = "adamw_torch_fused"  # transformers' default
     config = copy.deepcopy(config)
     config.dtype = machine.compute_dtype
+    # of a model that was loaded in 4 bits; the recipe's own config is used
+    if isinstance(getattr(config, "quantization_config", None), BitsAndBytesConfig):
+        del config.quantization_config
     quantization = train.nf4_config(machine) if method == "qlora" else None
     adapters = None if method == "full" else train.lora_config()
     return config, quantization, adapters, settings

@@ -31,12 +31,13 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     if pickles:
         raise ValueError(
             f"{sorted(pickles)[0]} is a pickle, and loading one can run any code: "
-            "expected weights in *.safetensors alone; move it out of the folder"
+            "expected weights only in *.safetensors; move it out of the folder"
         )
     if not (folder / "README.md").is_file():
         raise ValueError(
             f"{folder} has no README.md: expected a card that says what the model is, "
-            "its base and its licence; write one"
+            "its base and its licence; write one, for example with card.write_card or "
+            "card.write_adapter_card"
         )
     token = get_token()
     if token is None:

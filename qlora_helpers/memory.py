@@ -1,6 +1,7 @@
 """Predict the bytes of a training run from its configs, and measure them."""
 
 import contextlib
+import numbers
 import threading
 import weakref
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from .plan import Extras, read
 # cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
 # which data/measured/memory_grid.json agrees; other cards' are smaller.
 WORKSPACES = 2 * 32 * 2**20
+LARGEST_GIB = 1000  # no GPU has so much; 8192 would be MB
 
 
 class Prediction(NamedTuple):
@@ -59,7 +61,8 @@ def predict(
     `max_length` tokens, no padding, loss on each.
 
     On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
-    that is not the first. Raises TypeError and ValueError for what it cannot predict.
+    that is not the first. Raises TypeError and ValueError, each naming the setting, for
+    what it does not count: plan.COUNTED and plan.HARMLESS list what may be set.
     """
     plan = read(model_config, bnb_config, lora_config, sft_config, extras)
     weights = formulas.weight_bytes(plan)
@@ -156,10 +159,39 @@ def hold_to(gib: float | None) -> None:
     optimizer states) and CUDA's own are not counted. On a CPU nothing is held.
     """
     device = env.profile().device
+    if gib is not None:
+        check_gib("gib", gib)
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, gib * env.GIB / whole) if gib else 1.0
+        share = 1.0 if gib is None else min(1.0, gib * env.GIB / whole)
         torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def check_gib(name, gib) -> None:
+    """Raise ValueError unless `gib` can be the memory of one GPU, in GiB."""
+    number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
+    if not number or not 0 < gib < LARGEST_GIB:
+        raise ValueError(
+            f"{name} is {gib!r}, expected the memory of one GPU in GiB, above 0 and "
+            f"below {LARGEST_GIB}: 15 for a T4"
+        )
+
+
+def may_take() -> int:
+    """Bytes that torch may still take on this GPU.
+
+    That is what the driver has free and what torch has reserved and does not use, but
+    no more than torch's own limit leaves (hold_to). Raises RuntimeError without a GPU.
+    """
+    device = env.profile().device
+    if device.type != "cuda":
+        raise RuntimeError("there is no GPU here whose memory torch could take")
+    used = torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - used
+    whole = torch.cuda.get_device_properties(device).total_memory
+    limit = torch.cuda.get_per_process_memory_fraction(device) * whole
+    return max(0, min(free, int(limit) - used))
 
 
 @contextlib.contextmanager

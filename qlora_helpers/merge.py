@@ -6,25 +6,25 @@ Notebook 07 writes out `lora_change` and `through_nf4`, and says which base to t
 """
 
 import argparse
+import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
-from . import adapters, env, memory, models
+from . import adapters, env, folders, memory, models
+from .embedded import MANIFEST
+from .models import base_folder
 
 INTO = ("dequantized", "original")
 SHARD = 10**9  # bytes, of 16-bit weights
@@ -32,8 +32,18 @@ SHARD = 10**9  # bytes, of 16-bit weights
 # three fp32 copies in bitsandbytes' quantize_4bit on a CPU; or the change, and the sum.
 WORK = {"dequantized": 10, "original": 4}
 PREFIX = "base_model.model."  # what peft writes before a module's name
-# What makes an adapter more than B A added to some linear weights.
-MORE = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
+NOTE = "merged.json"  # what was merged into what, in the folder of the merged model
+# The settings of a LoraConfig that a merge takes into account, and those that say only
+# where adapters sit or how they were trained. Any other that is set makes an adapter
+# more than B A added to linear weights, or is of a PEFT that is newer than this code.
+COUNTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+ELSEWHERE = (
+    "auto_mapping base_model_name_or_path eva_config exclude_modules inference_mode"
+    " layers_pattern layers_to_transform lora_dropout megatron_core peft_type"
+    " peft_version qalora_group_size revision runtime_config target_modules task_type"
+).split()
+# How A and B start, where the base stays as it is; others subtract B A from it first.
+STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def lora_change(A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -51,7 +61,12 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def merge_folder(
-    base: str, adapter, out, into: str = "dequantized", shard_bytes: int = SHARD
+    base: str,
+    adapter,
+    out,
+    into: str = "dequantized",
+    shard_bytes: int = SHARD,
+    revision: str | None = None,
 ) -> Path:
     """Write base plus adapter as a 16-bit model; the folder `out`, made whole or not.
 
@@ -59,26 +74,28 @@ def merge_folder(
     "dequantized", the NF4 weights that the adapter was trained on, in 16 bits, or
     "original", the base's own. Weights keep the dtype of the base's files. Held at
     once are one shard of `shard_bytes` and the work on one matrix: `work_bytes`.
+    revision: of a Hub id; left out, the commit that the adapter remembers.
 
     Raises ValueError for an adapter that is more than B A, and what `check_adapter`
-    raises; FileExistsError where `out` is no folder of a merged model.
+    raises; FileExistsError where `out` is the base or the adapter, or holds anything
+    that was not written here.
     """
     if into not in INTO:
         raise ValueError(f"into={into!r}: expected one of {', '.join(INTO)}")
-    source, out = base_folder(base), Path(out)
-    if out.exists() and not (out.is_dir() and (out / "config.json").exists()):
-        raise FileExistsError(f"{out} is there and is no model: name another folder")
-    adapters.check_adapter(adapter, models.base_identity(base))
+    adapter = Path(adapter).expanduser()
+    known = adapters.base_of(adapter)
+    revision = revision or remembered(base, adapter)
+    source = base_folder(base, revision)
+    inputs = {"the base": source, "the adapter": adapter}
+    folders.check_out(out, NOTE, inputs)
     pairs = read_pairs(adapter)
-    linear = four_bit_weights(base, adapter) if into == "dequantized" else {}
     files = tensors_of(source)
-    if missing := [name for name in pairs if name not in files]:
-        raise ValueError(f"the base has no {missing[0]}, which the adapter changes")
+    _check_fit(pairs, files, source, adapter)
+    adapters.check_adapter(adapter, models.base_identity(base, revision))
+    linear = four_bit_weights(source, adapter) if into == "dequantized" else {}
     shards = split(files, shard_bytes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as beside:
-        made = Path(beside) / "model"
-        made.mkdir()
+    facts = {"base": known["name"], "revision": known["revision"], "into": into}
+    with folders.written_whole(out, NOTE, facts, inputs) as made:
         with tqdm(total=len(files), desc="merging", unit="tensor", delay=5) as bar:
             for file, names in shards.filename_to_tensors.items():
                 shard = {}
@@ -94,13 +111,16 @@ def merge_folder(
                 "weight_map": shards.tensor_to_filename,
             }
             text = json.dumps(index, indent=1)
-            (made / "model.safetensors.index.json").write_text(text, "utf-8")
+            (made / models.INDEX).write_text(text, "utf-8")
         copy_rest(source, made)
-        copy_rest(Path(adapter), made, only="token")
-        if out.exists():
-            out.replace(Path(beside) / "old")
-        made.replace(out)
-    return out
+        copy_rest(adapter, made, only="token")
+    return Path(out).expanduser()
+
+
+def remembered(base: str, adapter) -> str | None:
+    """The commit of a Hub id that the adapter was trained on; None for other bases."""
+    known = adapters.base_of(adapter)
+    return known["revision"] if known["name"] == base else None
 
 
 def merged(weight, pair, four_bit):
@@ -148,27 +168,10 @@ def split(files, shard_bytes: int):
     )
 
 
-def base_folder(base: str) -> Path:
-    """The folder with a base's safetensors: fetched, where it is a Hub id."""
-    if base == models.EMBEDDED:
-        return models.embedded_dir()
-    if os.path.isdir(base):
-        return Path(base)
-    with models.hub_errors_explained(base):
-        return Path(
-            snapshot_download(
-                base,
-                revision=models.base_identity(base)["revision"],
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"],
-                local_files_only=models.only_cached(base),
-            )
-        )
-
-
 def tensors_of(folder: Path) -> dict[str, tuple[Path, int]]:
     """Each tensor's file and bytes, in the files' order, from their headers alone."""
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in models.weight_files(folder):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no dict)
                 part = opened.get_slice(name)
@@ -189,21 +192,21 @@ WIDTH = {"BF16": 2, "F16": 2, "F32": 4}  # bytes; safetensors' names
 def read_pairs(adapter) -> dict[str, tuple]:
     """For each weight that an adapter changes: A, B and alpha / r.
 
-    Raises ValueError for an adapter that is more than B A.
+    Raises ValueError, naming the setting or the tensor, for an adapter that is more
+    than W + (alpha / r) B A on the base as it stands.
     """
-    config = LoraConfig.from_pretrained(adapter)
-    if more := [key for key in MORE if getattr(config, key, None)]:
-        raise ValueError(
-            f"the adapter in {adapter} has {more[0]}: it is more than B A; merge it in "
-            "memory, with PEFT's merge_and_unload()"
-        )
+    config = _plain_lora(adapter)
     tensors = load_file(Path(adapter) / adapters.WEIGHTS)
     pairs = {}
-    for name, A in tensors.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        A = tensors.pop(name)
+        B = tensors.pop(name.replace(".lora_A.", ".lora_B."), None)
         module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        B = tensors[name.replace(".lora_A.", ".lora_B.")]
+        if B is None or A.ndim != 2 or B.ndim != 2:
+            raise ValueError(
+                f"the adapter in {adapter} has no matrices A and B for {module}: only "
+                "linear layers are merged here; " + IN_MEMORY
+            )
         rank = config.rank_pattern.get(
             get_pattern_key(config.rank_pattern, module), config.r
         )
@@ -212,7 +215,72 @@ def read_pairs(adapter) -> dict[str, tuple]:
         )
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         pairs[f"{module}.weight"] = (A, B, scaling)
+    if tensors:
+        raise ValueError(
+            f"the adapter in {adapter} holds {sorted(tensors)[0]}: it is more than "
+            "B A; " + IN_MEMORY
+        )
     return pairs
+
+
+IN_MEMORY = "merge it in memory, with PEFT's merge_and_unload(), and check the result"
+
+
+def _plain_lora(adapter) -> LoraConfig:
+    """An adapter's config, once every setting that is set is one that we merge."""
+    given = json.loads((Path(adapter) / adapters.CONFIG).read_text("utf-8"))
+    if given.get("peft_type") != "LORA":
+        raise ValueError(
+            f"the adapter in {adapter} is {given.get('peft_type')}, not LORA: "
+            + IN_MEMORY
+        )
+    usual = {
+        field.name: field.default_factory()
+        if field.default is dataclasses.MISSING
+        else field.default
+        for field in dataclasses.fields(LoraConfig)
+    }
+    start = given.pop("init_lora_weights", True)
+    if start not in STARTS:
+        raise ValueError(
+            f"the adapter in {adapter} was started with init_lora_weights={start!r}, "
+            "which changed the base: it does not fit the base as it stands; save it "
+            "again with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for key, value in given.items():
+        if key in COUNTED or key in ELSEWHERE or value == usual.get(key):
+            continue
+        if value or usual.get(key):
+            known = key in usual
+            why = "it is more than B A" if known else "this PEFT does not know it"
+            raise ValueError(
+                f"the adapter in {adapter} has {key}={value!r}: {why}; " + IN_MEMORY
+            )
+    return PeftConfig.from_pretrained(adapter)
+
+
+def _check_fit(pairs, files, source, adapter) -> None:
+    """Raise ValueError where the adapter and the files of the base do not fit."""
+    for name, (A, B, _) in pairs.items():
+        if name not in files:
+            config = json.loads((source / "config.json").read_text("utf-8"))
+            tied = name.startswith("lm_head") and config.get("tie_word_embeddings")
+            why = ": it is tied to the embedding, so both would change" if tied else ""
+            raise ValueError(f"the base has no {name}, which the adapter changes{why}")
+        with safe_open(files[name][0], "pt") as opened:
+            shape = opened.get_slice(name).get_shape()
+        if shape != [B.shape[0], A.shape[1]]:
+            raise ValueError(
+                f"{name} is {shape} in the base, and the adapter changes a weight of "
+                f"{[B.shape[0], A.shape[1]]}: it belongs to another base"
+            )
+    rows, needed = models.embedding_rows(source), adapters.token_rows(adapter)
+    if rows is not None and needed > rows:
+        raise ValueError(
+            f"the adapter's tokenizer has {needed:,} tokens, and the base has rows for "
+            f"{rows:,}: the rows of the added tokens are in neither; train without "
+            "added tokens"
+        )
 
 
 def four_bit_weights(base: str, adapter) -> dict[str, torch.dtype]:
@@ -231,7 +299,7 @@ def four_bit_weights(base: str, adapter) -> dict[str, torch.dtype]:
             'take into="original"'
         )
     dtype = quantization.bnb_4bit_compute_dtype
-    model, _ = models.skeleton(models.config_of(base), quantization, dtype)
+    model, _ = models.skeleton(models.config_of(str(base)), quantization, dtype)
     layers = model.named_modules()
     return {f"{n}.weight": dtype for n, m in layers if isinstance(m, Linear4bit)}
 
@@ -240,8 +308,8 @@ def copy_rest(source: Path, target: Path, only: str = "") -> None:
     """Copy what belongs to a model and is no weight: config, tokenizer, template."""
     for file in source.iterdir():
         belongs = file.suffix in (".json", ".jinja", ".model")
-        ours = file.name in (models.MANIFEST, "base.json", "training.json")
-        index = file.name.endswith(".index.json") or file.name == "adapter_config.json"
+        ours = file.name in (MANIFEST, NOTE, adapters.NOTE, "training.json")
+        index = file.name.endswith(".index.json") or file.name == adapters.CONFIG
         chosen = only in file.name or file.suffix == ".jinja"
         if belongs and chosen and not ours and not index:
             shutil.copyfile(file, target / file.name)
@@ -255,13 +323,21 @@ def main(arguments=None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--into", choices=INTO, default="dequantized")
     parser.add_argument("--shard-mb", type=int, default=SHARD // 10**6)
+    parser.add_argument("--revision", help="of a Hub id; else the adapter's")
     given = parser.parse_args(arguments)
     env.quiet()
     size = given.shard_mb * 10**6
     env.return_freed_memory()
-    predicted = work_bytes(given.base, given.adapter, given.into, size)
-    with memory.private_peak() as found:
-        merge_folder(given.base, given.adapter, given.out, given.into, size)
+    try:
+        given.revision = given.revision or remembered(given.base, given.adapter)
+        source = base_folder(given.base, given.revision)
+        predicted = work_bytes(str(source), given.adapter, given.into, size)
+        with memory.private_peak() as found:
+            merge_folder(
+                given.base, given.adapter, given.out, given.into, size, given.revision
+            )
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
     print(f"predicted {predicted / 1e6:.0f} MB, held {found['bytes'] / 1e6:.0f} MB")
 
 

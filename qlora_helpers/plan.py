@@ -1,10 +1,14 @@
 """A training run as its configs describe it, read once, contradictions refused."""
 
+import dataclasses
 import warnings
 from typing import NamedTuple
 
 import torch
-from transformers import LlamaConfig
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, LlamaConfig
+from transformers.trainer_pt_utils import AcceleratorConfig
+from trl import SFTConfig
 
 from . import env, models
 
@@ -22,6 +26,69 @@ OPTIMIZERS = {
     "paged_adamw_32bit": 4,
 }
 
+# Each setting of the four configs is counted by the formulas, or harmless (it changes
+# no byte of a training step), or refused unless it has its default. Only names in these
+# two tables pass, so a setting that a later library adds is refused too.
+COUNTED = {
+    LlamaConfig: """
+        dtype vocab_size hidden_size intermediate_size num_hidden_layers head_dim
+        num_attention_heads num_key_value_heads tie_word_embeddings
+    """,
+    BitsAndBytesConfig: "bnb_4bit_compute_dtype bnb_4bit_use_double_quant",
+    LoraConfig: "r target_modules lora_dropout",
+    SFTConfig: """
+        per_device_train_batch_size max_length gradient_accumulation_steps optim bf16
+        fp16 activation_checkpointing activation_checkpointing_kwargs
+        gradient_checkpointing gradient_checkpointing_kwargs
+    """,
+}
+HARMLESS = {
+    LlamaConfig: """
+        transformers_version architectures return_dict id2label label2id problem_type
+        initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id
+        pretraining_tp max_position_embeddings rope_parameters
+    """,
+    BitsAndBytesConfig: "bnb_4bit_quant_type llm_int8_threshold",
+    LoraConfig: """
+        auto_mapping peft_version base_model_name_or_path revision lora_alpha
+        alpha_pattern use_rslora
+    """,
+    SFTConfig: """
+        output_dir do_train num_train_epochs max_steps learning_rate lr_scheduler_type
+        lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2
+        adam_epsilon max_grad_norm average_tokens_across_devices tf32 use_cpu seed
+        data_seed torch_empty_cache_steps
+        logging_strategy logging_steps logging_first_step log_on_each_node
+        logging_nan_inf_filter include_num_input_tokens_seen log_level logging_dir
+        log_level_replica disable_tqdm report_to run_name project trackio_space_id
+        trackio_bucket_id trackio_static_space_id
+        save_strategy save_steps save_on_each_node save_total_limit save_only_model
+        enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+        hub_strategy hub_always_push hub_revision
+        eval_steps eval_delay per_device_eval_batch_size eval_accumulation_steps
+        prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_packing
+        include_for_metrics batch_eval_metrics metric_for_best_model greater_is_better
+        dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+        dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order
+        dataloader_multiprocessing_context remove_unused_columns label_names
+        train_sampling_strategy length_column_name ignore_data_skip
+        restore_callback_states_from_checkpoint
+        dataset_text_field dataset_num_proc eos_token pad_token shuffle_dataset
+        truncation_mode packing_strategy completion_only_loss assistant_only_loss
+    """,  # evaluation and packing are refused, so that their details change nothing
+}
+# Some settings have harmless values besides the default.
+HARMLESS_VALUES = {
+    "accelerator_config": (AcceleratorConfig(),),
+    "_attn_implementation": ("sdpa",),
+    "init_lora_weights": (False, "gaussian", "orthogonal"),
+    "pad_to_multiple_of": (None,),  # what SFTConfig makes of "auto"
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+}
+# These settings of a LlamaConfig are not fields of its class.
+ATTRIBUTES = {"output_attentions": False, "_attn_implementation": None}
+
 
 class Extras(NamedTuple):
     """What changes a run's bytes and stands in none of the libraries' configs."""
@@ -30,6 +97,9 @@ class Extras(NamedTuple):
     full_logits: bool = False  # a loss on all logits at once; always so before TRL 1.15
     kbit_casts: bool = False  # prepare_model_for_kbit_training was called
     adapter_dtype: torch.dtype = torch.float32  # TRL left alone takes bf16
+    # Attention repeats keys and values that heads share. None: where the recipe does
+    # so, which is in fp16, for GPUs without flash attention.
+    repeat_kv: bool | None = None
 
 
 class Plan(NamedTuple):
@@ -47,12 +117,17 @@ class Plan(NamedTuple):
     compute: int  # bytes of a number in the compute dtype
     optim: str
     full_logits: bool
+    repeat_kv: bool
     accumulates: bool  # gradients of several batches before a step
     extras: Extras
 
 
 def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
-    """The run that the configs describe; raises for what `predict` cannot predict."""
+    """The run that the configs describe.
+
+    Raises TypeError and ValueError, each naming the setting, for what the formulas do
+    not count.
+    """
     extras = extras or Extras()
     if not FUSED_LOSS:
         warnings.warn(
@@ -70,18 +145,26 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         )
     if sft_config is None:
         raise TypeError("sft_config is missing: batch and length come from it")
+    _refuse_uncounted("model_config", config, LlamaConfig)
+    _refuse_uncounted("bnb_config", bnb_config, BitsAndBytesConfig)
+    _refuse_uncounted("lora_config", lora_config, LoraConfig)
+    _refuse_uncounted("sft_config", sft_config, SFTConfig)
+    loaded = getattr(config, "quantization_config", None)
+    if loaded is not None and not _same(loaded, bnb_config):
+        raise ValueError(
+            "model_config.quantization_config is not the bnb_config: give the one that "
+            "the model was loaded with"
+        )
     rows, length = sft_config.per_device_train_batch_size, sft_config.max_length
-    for name, value in [("per_device_train_batch_size", rows), ("max_length", length)]:
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, expected a whole number from 1")
+    check_whole("per_device_train_batch_size", rows)
+    check_whole("max_length", length)
+    check_whole("gradient_accumulation_steps", sft_config.gradient_accumulation_steps)
     if extras.device not in ("cuda", "cpu"):
         raise ValueError(f"extras.device is {extras.device!r}, expected 'cuda', 'cpu'")
     mixed = torch.float16 if sft_config.fp16 else torch.float32
     mixed = torch.bfloat16 if sft_config.bf16 else mixed
     dtype = config.dtype or mixed
     if bnb_config is not None:
-        if not bnb_config.load_in_4bit:
-            raise ValueError("bnb_config is not 4-bit: only 4-bit ones are predicted")
         if lora_config is None:
             raise ValueError(
                 "4-bit weights cannot train: give a lora_config, or no bnb_config"
@@ -91,6 +174,11 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         raise ValueError(
             f"weights compute in {dtype} and sft_config trains in {mixed} "
             f"(bf16={sft_config.bf16}, fp16={sft_config.fp16}): make them the same"
+        )
+    if mixed == torch.float16 and lora_config is None:
+        raise ValueError(
+            "full fine-tuning of 16-bit weights does not work in fp16: torch's "
+            "GradScaler takes no fp16 gradients; give a lora_config, or train in bf16"
         )
     if extras.kbit_casts and bnb_config is None:
         raise ValueError("extras.kbit_casts is for 4-bit models: give a bnb_config")
@@ -110,12 +198,54 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         every=every,
         compute=dtype.itemsize,
         optim=optim,
-        full_logits=extras.full_logits
-        or sft_config.label_smoothing_factor > 0
-        or not FUSED_LOSS,
+        full_logits=extras.full_logits or not FUSED_LOSS,
+        repeat_kv=sft_config.fp16 if extras.repeat_kv is None else extras.repeat_kv,
         accumulates=sft_config.gradient_accumulation_steps > 1,
         extras=extras,
     )
+
+
+def _refuse_uncounted(name, config, kind) -> None:
+    """Raise if `config` is not of `kind` or has a setting that no formula counts."""
+    if config is None:
+        return
+    if not isinstance(config, kind):
+        raise TypeError(
+            f"{name} is {type(config).__name__}, expected {kind.__name__} or None"
+        )
+    known = COUNTED[kind].split() + HARMLESS[kind].split()
+    for setting, default in _defaults(config).items():
+        value = getattr(config, setting, default)
+        unset = value == default or not (value or default)  # None, False, [] and ""
+        if unset or setting in known or value in HARMLESS_VALUES.get(setting, ()):
+            continue
+        raise ValueError(
+            f"{name}.{setting.lstrip('_')} is {getattr(value, 'value', value)!r}, and "
+            f"what that changes is not predicted: leave it at {default!r}"
+        )
+
+
+def _defaults(config) -> dict:
+    """The library's default of each setting of a config."""
+    if isinstance(config, BitsAndBytesConfig):  # not a dataclass
+        return vars(type(config)(load_in_4bit=True))
+    found = dict(ATTRIBUTES) if isinstance(config, LlamaConfig) else {}
+    for field in dataclasses.fields(config):
+        made = field.default_factory
+        found[field.name] = field.default if made is dataclasses.MISSING else made()
+    return found
+
+
+def _same(loaded, bnb_config) -> bool:
+    """True where a model was quantized with `bnb_config` when it was loaded."""
+    both = isinstance(loaded, BitsAndBytesConfig), bnb_config is not None
+    return all(both) and vars(loaded) == vars(bnb_config)
+
+
+def check_whole(name, value) -> None:
+    """Raise ValueError unless `value` is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from 1")
 
 
 def _checkpoints(sft_config) -> int:
@@ -133,10 +263,11 @@ def _checkpoints(sft_config) -> int:
         )
     chosen, details = next(iter(found.values()))
     every = details.pop("every_n_layers", 1)
-    if getattr(sft_config, "activation_offloading", False) or any(details.values()):
+    check_whole("every_n_layers", every)
+    if any(details.values()):
         raise ValueError(
-            f"checkpointing with {details or 'offloading'} is not predicted: "
-            "use_reentrant=False and every_n_layers are"
+            f"checkpointing with {details} is not predicted: use_reentrant=False and "
+            "every_n_layers are"
         )
     return every if chosen else 0
 
@@ -152,16 +283,6 @@ def _targets(lora_config) -> tuple:
         raise ValueError(
             f"target_modules is {wanted!r}, expected 'all-linear' or names of {known}"
         )
-    for name in (
-        "use_dora",
-        "modules_to_save",
-        "rank_pattern",
-        "trainable_token_indices",
-    ):
-        if getattr(lora_config, name, None):
-            raise ValueError(f"lora_config.{name} is set: that is not predicted")
-    if lora_config.bias != "none":
-        raise ValueError(f"lora_config.bias is {lora_config.bias!r}: not predicted")
     return tuple(name for name in known if name in wanted)
 
 

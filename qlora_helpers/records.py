@@ -1,13 +1,16 @@
 """Records (text-to-SQL, Alpaca) to prompt and completion.
 
 A record is a dict with Alpaca's columns: `instruction`, `input` (may be empty) and
-`output`. The model learns the completion alone; the prompt carries no loss.
+`output`; a `system` column holds its own system message. The model learns only the
+completion; the prompt carries no loss.
 """
 
 import json
+import reprlib
 import warnings
 
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from . import env
 
@@ -19,6 +22,9 @@ SYSTEM = (
 SPLITS = ("train", "validation", "values", "phrasing", "composition")
 DATABASES = ("database_1.sql", "database_2.sql", "database_3.sql")
 COLUMNS = ("instruction", "input", "output")
+KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
+MAX_LENGTH = 512  # tokens of a record: the same number for the records and the trainer
+PAIRS = [("prompt", "completion"), ("prompt", "response"), ("question", "answer")]
 
 
 def load(split: str) -> list[dict]:
@@ -47,23 +53,86 @@ def database_scripts() -> list[str]:
 def check(record: dict, row: int) -> None:
     """Raise ValueError, naming the row, unless a record can be trained on.
 
-    `input` may be empty or absent; `instruction` and `output` must be text.
+    `input` and `system` may be empty or absent; `instruction` and `output` must be
+    text. Earlier turns in `history` are refused.
     """
     if not isinstance(record, dict):
         raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
-    for column in COLUMNS:
-        value = record.get(column, "" if column == "input" else None)
-        if column not in record and value is None:
+    for column in ("instruction", "output"):
+        if column not in record:
             raise ValueError(
                 f"row {row} has no column {column!r}, only {sorted(record)}: "
-                "rename yours to instruction, input and output"
+                f"{advice(record)}"
             )
+    for column in (*COLUMNS, "system"):
+        value = record.get(column)
         if value is not None and not isinstance(value, str):
+            way = f": {advice(record)}" if isinstance(value, list) else ""
             raise ValueError(
-                f"row {row}: {column} is {value!r} ({type(value).__name__}), not text"
+                f"row {row}: {column} is {reprlib.repr(value)} "
+                f"({type(value).__name__}), not text{way}"
             )
-        if column != "input" and not (value or "").strip():
+        if column in ("instruction", "output") and not (value or "").strip():
             raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
+    if record.get("history"):
+        raise ValueError(
+            f"row {row}: history holds earlier turns, and several turns are not "
+            "supported: empty it, and write into instruction what the question needs"
+        )
+
+
+def advice(record: dict) -> str:
+    """How to make Alpaca's columns from a record that has others."""
+    lists = [n for n, v in record.items() if isinstance(v, list) and n != "history"]
+    if lists:
+        first, last = (lists * 2)[:2]  # `messages` twice, or `prompt` and `completion`
+        turn = record[first][0] if record[first] else {}
+        text = "value" if isinstance(turn, dict) and "value" in turn else "content"
+        answer = 1 if first == last else 0
+        return (
+            "each row must be one exchange, several turns are not supported; for a "
+            "chat of a question and an answer write "
+            f"{{'instruction': row[{first!r}][0][{text!r}], "
+            f"'output': row[{last!r}][{answer}][{text!r}]}}"
+        )
+    for asked, answered in PAIRS:
+        if asked in record and answered in record:
+            return f"rename {asked} to instruction and {answered} to output"
+    if "text" in record:
+        return (
+            "text holds question and answer together; write the question into "
+            "instruction and the answer into output"
+        )
+    return "rename yours to instruction, input and output, all of them text"
+
+
+def adds_special_tokens(tokenizer) -> bool:
+    """True where the tokenizer must write a prompt's special tokens (BOS) itself.
+
+    That is where it has no chat template: a template writes its own.
+    """
+    return not tokenizer.chat_template
+
+
+def leading_ids(tokenizer) -> list[int]:
+    """The ids that a tokenizer puts in front of a text, most often BOS or nothing."""
+    [first, *_] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    return ids[: ids.index(first)]
+
+
+def context_ids(prompt: str | list[dict], tokenizer) -> list[int]:
+    """The token ids that a model is given before its answer, in training and after.
+
+    prompt: a text from `prompt`, or the messages that a chat template renders to it.
+    """
+    if not isinstance(prompt, str):
+        prompt = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True
+        )
+    # never what some tokenizers put behind a text: an end token would end the answer
+    start = leading_ids(tokenizer) if adds_special_tokens(tokenizer) else []
+    return start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def question(record: dict) -> str:
@@ -72,61 +141,118 @@ def question(record: dict) -> str:
     return record["instruction"] + (f"\n\n{extra}" if extra else "")
 
 
-def alpaca_layout(record: dict) -> str:
+def system_of(record: dict, system: str | None) -> str | None:
+    """The system message of a record: that of its own column, else `system`."""
+    own = record.get("system") or ""
+    return own if own.strip() else system
+
+
+def alpaca_layout(record: dict, system: str | None = None) -> str:
     """The `### Instruction:` prompt, for base models that have no chat template.
 
+    The system message, if there is one, stands in front of it.
     Source: Stanford Alpaca's prompt without its preamble.
     """
+    system = system_of(record, system)
+    start = f"{system}\n\n" if system else ""
     extra = (record.get("input") or "").strip()
     middle = f"\n\n### Input:\n{extra}" if extra else ""
-    return f"### Instruction:\n{record['instruction']}{middle}\n\n### Response:\n"
+    return (
+        f"{start}### Instruction:\n{record['instruction']}{middle}\n\n### Response:\n"
+    )
 
 
-def messages(record: dict, system: str | None = SYSTEM) -> list[dict]:
-    """The chat that asks a record's question.
+def messages(record: dict, system: str | None) -> list[dict]:
+    """The chat that asks a record's question; system: its system message, or None.
 
-    The system message is always our own: SmolLM2's template adds another where none is.
+    SmolLM2's template adds another system message where none is.
     """
+    system = system_of(record, system)
     start = [{"role": "system", "content": system}] if system else []
     return [*start, {"role": "user", "content": question(record)}]
 
 
-def prompt(record: dict, tokenizer, system: str | None = SYSTEM) -> str:
-    """The text that the model is given, up to where its answer begins."""
-    if tokenizer.chat_template is None:
-        return alpaca_layout(record)
-    return tokenizer.apply_chat_template(
-        messages(record, system), tokenize=False, add_generation_prompt=True
-    )
+def prompt(record: dict, tokenizer, system: str | None) -> str:
+    """The text that the model is given, up to where its answer begins.
+
+    system: the system message, or None. Raises ValueError for a chat template that
+    refuses it or leaves it out.
+    """
+    if adds_special_tokens(tokenizer):
+        return alpaca_layout(record, system)
+    system = system_of(record, system)
+    advice = "pass system=None, use no column system, and put its text into instruction"
+    try:
+        text = tokenizer.apply_chat_template(
+            messages(record, system), tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        if not system:
+            raise
+        raise ValueError(
+            f"the chat template refuses the system message ({error}): {advice}"
+        ) from None
+    if system and system.strip() not in text:
+        raise ValueError(f"the chat template leaves out the system message: {advice}")
+    return text
 
 
 def to_prompt_completion(
-    records, tokenizer, max_length: int | None = None, system: str | None = SYSTEM
+    records, tokenizer, *, system: str | None, max_length: int | None = MAX_LENGTH
 ) -> Dataset:
     """A Dataset with the columns `prompt` and `completion`, as TRL takes them.
 
-    `records` is a list of dicts or a Dataset with Alpaca's columns. With a chat
-    template both columns hold messages, and TRL renders them; else they hold text, and
-    TRL adds the end token. Records over `max_length` tokens are left out, with a
-    warning that counts them and names the rows: cut off, they teach to stop early.
+    `records` is a list of dicts or a Dataset with Alpaca's columns. `system` is the
+    system message of all that have none in a column `system`, None for none. With a
+    chat template both columns hold messages, and TRL renders them; else they hold text,
+    and TRL adds the end token. Records over `max_length` tokens are left out, with a
+    warning that counts them and names the rows: cut off, they teach to stop early. A
+    warning names the columns that are not used.
 
-    Raises ValueError naming the row for a record that cannot be trained on, and where
-    none is left.
+    Raises ValueError naming the row for a record that cannot be trained on, or whose
+    prompt has other tokens in training than when it is asked, and where none is left.
     """
-    rows, too_long = [], []
+    bare = adds_special_tokens(tokenizer)
+    if bare and not tokenizer.eos_token:
+        raise ValueError(
+            "the tokenizer has neither a chat template nor an end token: set "
+            "tokenizer.eos_token to the token at which answers end"
+        )
+    rows, too_long, unused = [], [], set()
     for number, record in enumerate(records):
         check(record, number)
-        if tokenizer.chat_template is None:
-            asked, answered = prompt(record, tokenizer), record["output"]
-            text = asked + answered + tokenizer.eos_token
+        unused |= set(record) - KNOWN
+        text, output = prompt(record, tokenizer, system), record["output"]
+        if bare:
+            asked, answered = text, output
+            end = "" if output.endswith(tokenizer.eos_token) else tokenizer.eos_token
+            ids = tokenizer(text + output + end)["input_ids"]  # as TRL does it
         else:
             asked = messages(record, system)
-            answered = [{"role": "assistant", "content": record["output"]}]
-            text = tokenizer.apply_chat_template(asked + answered, tokenize=False)
-        if max_length and len(tokenizer(text).input_ids) > max_length:
+            answered = [{"role": "assistant", "content": output}]
+            whole = tokenizer.apply_chat_template(asked + answered, tokenize=False)
+            ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        context = context_ids(text, tokenizer)
+        if ids[: len(context)] != context:
+            raise ValueError(
+                f"row {number}: the prompt's tokens change where the output follows, "
+                "so that training and asking would differ: "
+                + (
+                    "remove the white space at the output's start"
+                    if bare or output[0].isspace()
+                    else "the chat template does not keep them apart: take another one"
+                )
+            )
+        if max_length is not None and len(ids) > max_length:
             too_long.append(number)
         else:
             rows.append({"prompt": asked, "completion": answered})
+    if unused:
+        warnings.warn(
+            f"columns that are not used: {', '.join(sorted(unused))} (used are "
+            "instruction, input, output and system)",
+            stacklevel=2,
+        )
     if too_long:
         named = ", ".join(map(str, too_long[:5])) + (" …" if too_long[5:] else "")
         warnings.warn(

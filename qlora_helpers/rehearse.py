@@ -11,6 +11,7 @@ import gc
 from unittest import mock
 
 import torch
+import transformers.integrations.sdpa_attention as sdpa_attention
 import transformers.models.llama.modeling_llama as modeling_llama
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
@@ -44,14 +45,16 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
     for layer in layers:
         layer.register_forward_hook(lambda *_: bar.update() and None)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with bar, fake, ledger, _as_on(gpu, dtype):
+    with bar, fake, ledger, _as_on(gpu, dtype, plan.repeat_kv):
         _fill(model, plan, bnb_config)
         weights = ledger.now
         model.train()
         if plan.every:
             inner = model.get_base_model() if lora_config else model
             more = {"every_n_layers": plan.every} if plan.every > 1 else {}
-            inner.gradient_checkpointing_enable({"use_reentrant": False}, **more)
+            enable = getattr(inner, "activation_checkpointing_enable", None)
+            enable = enable or inner.gradient_checkpointing_enable  # the older name
+            enable({"use_reentrant": False}, **more)
             inner.enable_input_require_grads()
         ids = torch.zeros(plan.rows, plan.length, dtype=torch.long)
         fused = {} if plan.full_logits else {"fused_lm_head": True}
@@ -69,7 +72,7 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
 
 
 @contextlib.contextmanager
-def _as_on(gpu, dtype):
+def _as_on(gpu, dtype, repeat_kv):
     """Take a GPU's path where libraries would see that the tensors are a CPU's."""
     with contextlib.ExitStack() as stack:
         # The mask is looked at, and fake tensors have no data: rows are full.
@@ -77,6 +80,10 @@ def _as_on(gpu, dtype):
             modeling_llama, "create_causal_mask", lambda *_, **__: None
         )
         stack.enter_context(no_mask)
+        shares_kv = mock.patch.object(
+            sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: not repeat_kv
+        )
+        stack.enter_context(shares_kv)
         if gpu:
             # TRL's Triton kernels work in place; their stand-ins for a CPU do not.
             inside = ("_forward_tile", "_backward_tile", "_addmm_fp32")

@@ -1,42 +1,19 @@
-"""Ship a merged model: its card, and a GGUF file for llama.cpp."""
+"""Ship a merged model as one GGUF file for llama.cpp."""
 
-import os
-import pathlib
+import math
 import tempfile
+from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from . import adapters, env
-from .evaluate import Accuracy
+from . import models
 
-CARD = """---
-{header}
----
-
-# {title}
-
-{base} with a QLoRA adapter merged into its {into} weights, stored in 16 bits.
-
-- **Base**: {base}, revision `{revision}`
-- **Data**: {data}
-- **Measured**: {accuracy}; {asked}, execution accuracy, 95 % interval
-- **Made with**: {versions}
-- **Licence**: {licence}
-
-Ask it as it was trained, with its chat template and this system message:
-
-```
-{system}
-```
-
-It answers for the tables of one database. Load it with plain transformers; neither
-bitsandbytes nor peft is needed.
-"""
 KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a file
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
@@ -45,74 +22,62 @@ KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a
     "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
+FACTORS = "rope_freqs.weight"  # the tensor that stretches Llama 3's rotary embedding
+CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
+# Keys that are not the source's to say: they follow from the new file's own weights
+# and tokenizer. The template and its names have more than one key.
+OWN_KEYS = {
+    "general.architecture",
+    "general.alignment",
+    "general.file_type",
+    "general.quantization_version",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_eos_token",
+}
+TEMPLATE = "tokenizer.chat_template"
 
 
-def write_card(folder, adapter, facts: dict, accuracy: Accuracy) -> pathlib.Path:
-    """Write README.md, the model's card, into the folder of a merged model.
-
-    adapter: the folder it came from, whose base it names. facts, in words: `into` (the
-    weights it was merged into), `data`, `licence` (its SPDX name), `system` (the system
-    message) and `asked` (the questions of `accuracy`, which was measured on the merged
-    model itself). Raises KeyError for a fact that is missing.
-    """
-    folder = pathlib.Path(folder)
-    base = adapters.base_of(adapter)
-    header = ModelCardData(
-        license=facts["licence"].lower(),
-        library_name="transformers",
-        tags=["qlora"],
-        pipeline_tag="text-generation",
-    ).to_yaml()
-    text = CARD.format(
-        header=header,
-        title=folder.name,
-        base=base["name"],
-        revision=base["revision"],
-        accuracy=repr(accuracy),
-        versions=", ".join(f"{k} {v}" for k, v in env.versions().items()),
-        **facts,
-    )
-    card = folder / "README.md"
-    beside = folder / f"README.md.{os.getpid()}.part"
-    ModelCard(text).save(beside)
-    beside.replace(card)
-    return card
-
-
-def to_gguf(folder, source, file, kind: str = "F16") -> pathlib.Path:
+def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     """Write a merged Llama as one GGUF file, whole or not at all.
 
-    folder: of a merged model. source: the base's own GGUF, from which all that is no
-    weight is copied (tokenizer, template, hyperparameters). kind: the type of the
-    matrices, one of KINDS; norms stay fp32. For a base that has no GGUF, llama.cpp's
-    `convert_hf_to_gguf.py` makes one.
+    folder: of a merged model. source: the base's own GGUF, from which the vocabulary is
+    copied; the network, the end token and the chat template are the folder's. kind: the
+    type of the matrices, one of KINDS; norms stay fp32. For a base that has no GGUF,
+    llama.cpp's `convert_hf_to_gguf.py` makes one.
 
-    Raises ValueError for an unknown kind, FileNotFoundError for a folder without
-    weights. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
+    Raises ValueError for whatever llama.cpp would not open or would read wrongly,
+    FileNotFoundError for a folder without weights or tokenizer and for a source that is
+    not there, and FileExistsError or PermissionError for a file that must not or cannot
+    be written. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: take one of {', '.join(KINDS)}")
-    folder, file = pathlib.Path(folder), pathlib.Path(file)
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors: not a merged model")
-    config = AutoConfig.from_pretrained(folder)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    folder, source, file = (Path(p).expanduser() for p in (folder, source, file))
+    check_place(file, source)
+    files, config = models.weight_files(folder), read_config(folder)
+    tensors = tensors_of(files, config, kind)
+    reader = read_source(source)
+    check_tokens(folder, reader, config)
+    check_network(reader, config, {short for short, _ in tensors.values()})
+    keys = network_keys(config) | tokenizer_keys(folder, config)
+    stretched = config.rope_parameters["rope_type"] != "default"
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as beside:
-        made = pathlib.Path(beside) / file.name
+    with directory_beside(file) as beside:
+        made = Path(beside) / file.name
         writer = gguf.GGUFWriter(made, arch="llama")
-        copy_keys(gguf.GGUFReader(source), writer, KINDS[kind])
-        for shard in shards:
+        copy_keys(reader, writer, KINDS[kind])
+        for key, value in keys.items():
+            writer.add_key_value(key, value, TYPES[type(value)])
+        if stretched or any(tensor.name == FACTORS for tensor in reader.tensors):
+            add_tensor(writer, FACTORS, rope_factors(config), "F32")
+        for name, (short, shard) in tqdm(tensors.items(), desc=file.name, delay=5):
             with safe_open(shard, "pt") as opened:
-                for name in tqdm(opened.keys(), desc=file.name, delay=5):
-                    weight = opened.get_tensor(name)
-                    if projection := next((p for p in heads if p in name), None):
-                        weight = interleave(weight, heads[projection])
-                    short = names.get_name(name, try_suffixes=(".weight",))
-                    wanted = kind if weight.ndim == 2 else "F32"
-                    add_tensor(writer, short, weight, gguf.GGMLQuantizationType[wanted])
+                weight = opened.get_tensor(name)
+            if projection := next((p for p in heads if p in name), None):
+                weight = interleave(weight, heads[projection])
+            add_tensor(writer, short, weight, kind if weight.ndim == 2 else "F32")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -121,17 +86,245 @@ def to_gguf(folder, source, file, kind: str = "F16") -> pathlib.Path:
     return file
 
 
-def copy_keys(source: gguf.GGUFReader, writer: gguf.GGUFWriter, kind) -> None:
-    """Copy all that is no weight; the type of the weights is the new file's own."""
-    for key, field in source.fields.items():
-        if key.startswith("GGUF.") or key in ("general.architecture", FILE_TYPE):
+TYPES = {
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+    str: gguf.GGUFValueType.STRING,
+}
+
+
+def check_place(file: Path, source: Path) -> None:
+    """Raise where the new file would replace what it must not: see `to_gguf`."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is no file: expected the base's own GGUF")
+    if file.is_dir():
+        raise FileExistsError(f"{file} is a folder: name a file in it")
+    if not file.exists():
+        return
+    if file.samefile(source):
+        raise FileExistsError(f"{file} is the source, which is read: name another file")
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise FileExistsError(
+                f"{file} is there and is no GGUF, and would be lost: name another file"
+            )
+
+
+def directory_beside(file: Path) -> tempfile.TemporaryDirectory:
+    """A temporary folder on the disk where the file will be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=file.parent)
+    except OSError as error:
+        raise PermissionError(
+            f"{file} cannot be written ({error.strerror}): name a file in a folder "
+            "that can"
+        ) from None
+
+
+def tensors_of(files, config, kind: str) -> dict[str, tuple[str, Path]]:
+    """For each tensor of a Llama its name in GGUF and its file, from the headers.
+
+    Raises ValueError, naming the tensor, for one that is not as a 16-bit or 32-bit
+    Llama has it.
+    """
+    with torch.device("meta"):
+        wanted = LlamaForCausalLM(config).state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no dict)
+                if name.endswith("rotary_emb.inv_freq"):  # old Llamas': not a weight
+                    continue
+                part = opened.get_slice(name)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                short = names.get_name(name, try_suffixes=(".weight",))
+                if dtype not in ("BF16", "F16", "F32"):
+                    fault = f"is {dtype}: expected 16 or 32 bits; merge first"
+                elif short is None or name not in wanted:
+                    fault = f"has no place in a Llama's GGUF: {CONVERTER}"
+                elif shape != [*wanted[name].shape]:
+                    fault = f"is {shape}, and config.json says {[*wanted[name].shape]}"
+                elif len(shape) == 2 and shape[1] % block:
+                    fault = f"has rows of {shape[1]}, no multiple of {block}: take F16"
+                else:
+                    found[name] = short, file
+                    continue
+                raise ValueError(f"{name} in {file} {fault}")
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := sorted(wanted.keys() - found.keys() - tied):
+        raise ValueError(f"{files[0].parent} lacks {missing[0]}: merge it again")
+    return found
+
+
+def read_config(folder: Path):
+    """The folder's config. Raises ValueError for what is no Llama as llama.cpp's is."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: not a merged model")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{folder} is still quantized (quantization_config in config.json): merge "
+            "it into 16 bits first, with merge.merge_folder"
+        )
+    if config.model_type != "llama":
+        raise ValueError(f"{folder} is a {config.model_type}, no llama: {CONVERTER}")
+    rope = config.rope_parameters
+    for name, value, known in (
+        ("hidden_act", config.hidden_act, ("silu",)),
+        ("rope_type", rope["rope_type"], ("default", "llama3")),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
+    ):
+        if value not in known:
+            expected = " or ".join(map(str, known))
+            raise ValueError(
+                f"{folder} has {name} {value!r}: expected {expected}; {CONVERTER}"
+            )
+    return config
+
+
+def read_source(source: Path) -> gguf.GGUFReader:
+    """The base's own GGUF. Raises ValueError where it is none, or not a Llama's."""
+    try:
+        reader = gguf.GGUFReader(source)
+    except Exception as error:  # it has no error of its own: many kinds
+        raise ValueError(
+            f"{source} cannot be read as GGUF ({error}): give the base's own GGUF"
+        ) from None
+    for key in ("general.architecture", "tokenizer.ggml.tokens"):
+        if key not in reader.fields:
+            raise ValueError(f"{source} has no {key}: give the base's own GGUF")
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture != "llama":
+        raise ValueError(f"{source} is of a {architecture}: expected one of a llama")
+    return reader
+
+
+def network_keys(config) -> dict:
+    """What a GGUF says about a Llama's network, from its config."""
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    return {f"llama.{key}": value for key, value in keys.items()}
+
+
+def check_network(reader, config, shorts: set[str]) -> None:
+    """Raise ValueError where the source's network is not the folder's.
+
+    shorts: the folder's tensors, by their GGUF names.
+    """
+    here, differ = network_keys(config), []
+    for key, field in reader.fields.items():
+        if not key.startswith("llama."):
             continue
-        sub = field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
-    writer.add_uint32(FILE_TYPE, kind)
+        there, mine = field.contents(), here.get(key)
+        same = there == mine
+        if isinstance(mine, float) and isinstance(there, float):
+            same = math.isclose(there, mine, rel_tol=1e-6)  # fp32 there
+        if not same:
+            said = "unknown" if mine is None else mine
+            differ.append(f"{key} is {there} in the source and {said} in the folder")
+    for tensor in reader.tensors:
+        if tensor.name == FACTORS:
+            mine = rope_factors(config).numpy()
+            if tensor.data.shape != mine.shape or not np.allclose(tensor.data, mine):
+                differ.append(f"{FACTORS} of the source is not config.json's RoPE")
+        elif tensor.name not in shorts | {"output.weight"}:  # a tied head may be there
+            differ.append(f"the source has {tensor.name}, the folder has none")
+    if differ:
+        more = f" (and {len(differ) - 4} more)" if differ[4:] else ""
+        raise ValueError(
+            f"the source is not the GGUF of this model's base: {'; '.join(differ[:4])}"
+            f"{more}; give the base's own"
+        )
 
 
-FILE_TYPE = "general.file_type"
+def rope_factors(config) -> torch.Tensor:
+    """By what llama.cpp divides each rotary frequency: (head_dim / 2,), fp32.
+
+    Source: llama.cpp, conversion of Llama 3: rope_freqs.weight.
+    """
+    plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    return plain / LlamaRotaryEmbedding(config).inv_freq
+
+
+def check_tokens(folder: Path, reader, config) -> None:
+    """Raise ValueError where rows, the source's tokens and the tokenizer differ.
+
+    Raises FileNotFoundError for a folder without a tokenizer.
+    """
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    if len(tokens) != config.vocab_size:
+        raise ValueError(
+            f"{folder} has {config.vocab_size} rows of embeddings and the source "
+            f"{len(tokens)} tokens: give the base's own GGUF; where rows were added or "
+            f"padded, {CONVERTER}"
+        )
+    if not any(folder.glob("tokenizer*")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: save the base's there")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for token, number in tokenizer.get_vocab().items():
+        there = tokens[number] if number < len(tokens) else None
+        if there != token:
+            raise ValueError(
+                f"token {number} is {token!r} in {folder} and {there!r} in the source: "
+                f"give the base's own GGUF; where tokens were added, {CONVERTER}"
+            )
+
+
+def tokenizer_keys(folder: Path, config) -> dict:
+    """What the folder's tokenizer says: end and start token, chat template.
+
+    Raises ValueError where transformers would stop at another token than llama.cpp.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    ends = config.eos_token_id
+    if (folder / "generation_config.json").exists():
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    if end is None or end not in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError(
+            f"the tokenizer of {folder} ends at token {end} and its "
+            f"generation_config.json at {ends}: make them agree, or llama.cpp stops "
+            "elsewhere than transformers"
+        )
+    keys = {"tokenizer.ggml.eos_token_id": end}
+    adds = start is not None and tokenizer("?").input_ids[:1] == [start]
+    if start is not None:
+        keys["tokenizer.ggml.bos_token_id"] = start
+    if tokenizer.chat_template is not None:
+        keys[TEMPLATE] = tokenizer.get_chat_template()
+        # llama.cpp would put it before a chat too, where transformers never does
+        chat = [{"role": "user", "content": "?"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        adds = adds and text.startswith(tokenizer.bos_token)
+    return keys | {"tokenizer.ggml.add_bos_token": adds}
+
+
+def copy_keys(source: gguf.GGUFReader, writer: gguf.GGUFWriter, kind) -> None:
+    """Copy the vocabulary and what is general; the type is the new file's own."""
+    for key, field in source.fields.items():
+        if key in OWN_KEYS or key.startswith(TEMPLATE):
+            continue
+        if key.startswith(("general.", "tokenizer.")):
+            sub = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
+    writer.add_file_type(kind)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -145,7 +338,19 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(out, width)
 
 
-def add_tensor(writer, name, weight, kind) -> None:
-    """Quantize one tensor, as llama.cpp does, and add it under its GGUF name."""
-    data = gguf.quants.quantize(weight.float().numpy(), kind)
-    writer.add_tensor(name, data, raw_dtype=kind)
+def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
+    """Quantize one tensor, as llama.cpp does, and add it under its GGUF name.
+
+    Raises ValueError for numbers that the type cannot hold.
+    """
+    most = torch.finfo(torch.float32 if kind in ("F32", "BF16") else torch.float16).max
+    weight = weight.float()
+    if not (weight.abs() <= most).all():
+        raise ValueError(
+            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot "
+            "hold: take BF16, or find out why"
+        )
+    wanted = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor(
+        name, gguf.quants.quantize(weight.numpy(), wanted), raw_dtype=wanted
+    )

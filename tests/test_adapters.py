@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qlora_helpers import adapters, embedded, env, models, train
+from qlora_helpers import adapters, card, embedded, env, models, records, train
 
-BASE = {"name": "tiny", "revision": "a" * 40, "weights_sha256": "0" * 64}
+BASE = {"name": "tiny", "revision": "a" * 40, "tensors_sha256": "0" * 64, "rows": 49152}
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
 
 
@@ -57,7 +57,7 @@ def test_a_saved_adapter_answers_the_same_on_a_fresh_base(model, tmp_path):
     assert config["revision"] == BASE["revision"]
     loaded = adapters.load_adapter(base_model(), saved, BASE).eval()
     assert torch.equal(logits(loaded), logits(model))
-    assert list(tmp_path.glob("tmp*")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_an_interrupted_save_leaves_the_old_adapter(model, saved, monkeypatch):
@@ -66,7 +66,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(model, saved, monkeypatch):
     def stopped(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters.json, "dumps", stopped)
+    monkeypatch.setattr(adapters.card, "write_adapter_card", stopped)
     with pytest.raises(KeyboardInterrupt):
         adapters.save_adapter(model, None, saved, BASE)
     assert (saved / adapters.WEIGHTS).read_bytes() == before
@@ -76,10 +76,35 @@ def test_an_interrupted_save_leaves_the_old_adapter(model, saved, monkeypatch):
 # ---- refused, with a sentence
 
 
-@pytest.mark.parametrize("key", ["name", "revision", "weights_sha256"])
-def test_another_base_is_refused(saved, key):
-    with pytest.raises(ValueError, match=f"another base: {key} is .* load that base"):
-        adapters.load_adapter(base_model(), saved, BASE | {key: "other"})
+def test_another_base_is_refused(saved):
+    other = BASE | {"tensors_sha256": "1" * 64}
+    said = "another base: tensors_sha256 is .* load 'tiny', revision aaaa"
+    with pytest.raises(ValueError, match=said):
+        adapters.check_adapter(saved, other)  # before any model is loaded
+    with pytest.raises(ValueError, match=said):
+        adapters.load_adapter(base_model(), saved, other)
+
+
+@pytest.mark.parametrize("key", ["name", "revision"])
+def test_equal_weights_are_the_same_base_whatever_they_are_called(saved, key):
+    adapters.load_adapter(base_model(), saved, BASE | {key: "other"})
+
+
+@pytest.mark.parametrize("key", ["name", "revision"])
+def test_where_no_hash_was_saved_name_and_revision_decide(saved, key):
+    old = json.loads((saved / "base.json").read_text("utf-8"))
+    del old["tensors_sha256"]
+    (saved / "base.json").write_text(json.dumps(old), "utf-8")
+    adapters.check_adapter(saved, BASE)
+    with pytest.raises(ValueError, match=f"another base: {key} is"):
+        adapters.check_adapter(saved, BASE | {key: "other"})
+
+
+def test_another_quantization_is_refused_before_a_model_is_loaded(saved):
+    adapters.check_adapter(saved, BASE, train.nf4_config(env.profile()))
+    other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with pytest.raises(ValueError, match="trained with bnb_4bit_use_double_quant=True"):
+        adapters.check_adapter(saved, BASE, other)
 
 
 def cut(folder):
@@ -107,8 +132,8 @@ def spoil_note(folder):
         (cut, ValueError, "damaged or cut short"),
         (keep_half, ValueError, "holds 14 of the 28 tensors"),
         (without(adapters.WEIGHTS), FileNotFoundError, "lacks adapter_model"),
-        (without("adapter_config.json"), FileNotFoundError, "lacks adapter_config"),
-        (without("base.json"), FileNotFoundError, "no adapter"),
+        (without("adapter_config.json"), FileNotFoundError, "holds no adapter"),
+        (without("base.json"), ValueError, "was not saved by save_adapter"),
         (spoil_note, ValueError, "base.json is damaged"),
     ],
 )
@@ -215,3 +240,206 @@ def test_the_committed_adapters_belong_to_the_embedded_base(name, tmp_path):
     quantization = adapters.base_of(folder)["quantization"]
     assert quantization["bnb_4bit_quant_type"] == "nf4"
     assert quantization["bnb_4bit_use_double_quant"] is True
+
+
+# ---- a folder is replaced only where all in it was written here
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with a person's work in it."""
+    folder = tmp_path / "project"
+    (folder / "checkpoint-500").mkdir(parents=True)
+    (folder / "notes.txt").write_text("weeks of work", "utf-8")
+    return folder
+
+
+def contents(folder):
+    """Every file below a folder with its bytes."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file): file.read_bytes() for file in files}
+
+
+def test_a_folder_with_other_files_is_never_replaced(model, project):
+    before = contents(project)
+    with pytest.raises(FileExistsError, match="holds checkpoint-500 and 1 more, which"):
+        adapters.save_adapter(model, None, project, BASE)
+    assert contents(project) == before and (project / "checkpoint-500").is_dir()
+
+
+@pytest.mark.parametrize("name", ["mine.txt", ".hidden", "adapter_config.json"])
+def test_a_file_that_was_added_or_changed_is_never_lost(model, saved, name):
+    (saved / name).write_text("mine", "utf-8")
+    before = contents(saved)
+    with pytest.raises(FileExistsError, match=f"holds {name}, which was not written"):
+        adapters.save_adapter(model, None, saved, BASE)
+    assert contents(saved) == before
+
+
+def test_another_model_s_folder_is_not_taken_for_an_adapter_s(model, tmp_path):
+    base_model().save_pretrained(tmp_path / "model")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="and would be lost"):
+        adapters.save_adapter(model, None, tmp_path / "model", BASE)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_is_never_replaced_by_a_folder(model, tmp_path):
+    (tmp_path / "diary").write_text("mine", "utf-8")
+    with pytest.raises(FileExistsError, match="diary is a file: name a folder"):
+        adapters.save_adapter(model, None, tmp_path / "diary", BASE)
+    with pytest.raises(PermissionError, match="cannot be written .*: name a folder"):
+        adapters.save_adapter(model, None, tmp_path / "diary" / "adapter", BASE)
+    assert (tmp_path / "diary").read_text("utf-8") == "mine"
+
+
+def test_the_current_folder_is_never_replaced(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="the current folder"):
+        adapters.save_adapter(model, None, ".", BASE)
+
+
+def test_saved_again_an_adapter_replaces_its_own_folder(saved, tmp_path):
+    adapters.save_adapter(adapted(1), None, saved, BASE)
+    loaded = adapters.load_adapter(base_model(), saved, BASE).eval()
+    assert torch.equal(logits(loaded), logits(adapted(1)))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    adapters.save_adapter(adapted(1), None, empty, BASE)
+
+
+def test_a_card_that_a_person_wrote_outlives_the_adapter(model, saved):
+    assert card.is_own_card(saved / "README.md")
+    (saved / "README.md").write_text("# Mine", "utf-8")
+    adapters.save_adapter(model, None, saved, BASE)
+    assert (saved / "README.md").read_text("utf-8") == "# Mine"
+
+
+# ---- adapters of others, and adapters that go on
+
+
+def test_an_adapter_of_peft_is_adopted_with_one_call(model, tmp_path):
+    folder = tmp_path / "unsloth"
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"not saved by save_adapter.*adapters\.adopt"):
+        adapters.load_adapter(base_model(), folder, BASE)
+    with pytest.warns(UserWarning, match="adopted for 'tiny'"):
+        adapters.adopt(folder, BASE, train.nf4_config(env.profile()))
+    loaded = adapters.load_adapter(base_model(), folder, BASE).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="another base"):
+        adapters.check_adapter(folder, BASE | {"tensors_sha256": "1" * 64})
+    with pytest.raises(FileExistsError, match="nothing to adopt"):
+        adapters.adopt(folder, BASE)
+    before = contents(folder)
+    with pytest.raises(FileExistsError, match="was not written here"):
+        adapters.save_adapter(model, None, folder, BASE)
+    assert contents(folder) == before
+
+
+def test_what_is_no_adapter_is_not_adopted(tmp_path):
+    with pytest.raises(FileNotFoundError, match="lacks adapter_config"):
+        adapters.adopt(tmp_path, BASE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_adapter_is_trained_further(saved, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    rows = records.load("train")[:8]
+    dataset = records.to_prompt_completion(rows, tokenizer, system=None)
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 2, 1e-2)
+
+    def trainer(**given):
+        model = adapters.load_adapter(base_model(), saved, BASE, **given)
+        return train.build_trainer(model, tokenizer, dataset, settings)
+
+    with pytest.raises(RuntimeError, match="nothing trains, .*trainable=True"):
+        train.check_effective(trainer(), env.profile())
+    goes_on = trainer(trainable=True)
+    train.check_effective(goes_on, env.profile())
+    goes_on.train()
+    again = adapters.save_adapter(goes_on.model, tokenizer, saved, BASE)
+    loaded = adapters.load_adapter(base_model(), again, BASE).eval()
+    assert torch.equal(logits(loaded), logits(goes_on.model.eval()))
+
+
+def test_an_adapter_with_a_name_of_its_own_is_saved_as_one_folder(two, tmp_path):
+    two.set_adapter("other")
+    folder = adapters.save_adapter(two, None, tmp_path / "one", BASE)
+    assert all(file.is_file() for file in folder.iterdir())
+    loaded = adapters.load_adapter(base_model(), folder, BASE).eval()
+    assert torch.equal(logits(loaded), logits(two))
+
+
+def test_a_name_is_given_once(two, saved):
+    with pytest.raises(ValueError, match="has an adapter 'other' already"):
+        adapters.load_adapter(two, saved, BASE, "other")
+
+
+def test_what_holds_no_adapter_or_two_at_once_is_not_saved(two, tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM without an adapter"):
+        adapters.save_adapter(base_model(), None, tmp_path / "x", BASE)
+    two.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="one folder holds one adapter"):
+        adapters.save_adapter(two, None, tmp_path / "x", BASE)
+    assert not (tmp_path / "x").exists()
+
+
+# ---- tokens that were added
+
+
+def grown(saved_rows, tied=True):
+    """A tiny base with a row more than it had, its adapter, and its tokenizer."""
+    config = models.llama_config("tiny")
+    config.tie_word_embeddings = tied
+    model = models.random_llama(config, train.nf4_config(env.profile()))
+    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    tokenizer.add_tokens(["<sql>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lora = LoraConfig(
+        r=4, target_modules=train.PROJECTIONS, task_type="CAUSAL_LM",
+        modules_to_save=saved_rows,
+    )  # fmt: skip
+    return get_peft_model(model, lora).eval(), tokenizer
+
+
+@pytest.mark.parametrize("saved_rows", [None, ["embed_tokens"], ["lm_head"]])
+def test_rows_of_added_tokens_that_would_be_lost_are_refused(saved_rows, tmp_path):
+    model, tokenizer = grown(saved_rows)
+    said = "rows for 49,152 tokens and 49,153 are needed: .* would be lost"
+    with pytest.raises(ValueError, match=said):
+        adapters.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
+    with pytest.raises(ValueError, match=said):  # the rows have grown all the same
+        adapters.save_adapter(model, None, tmp_path / "adapter", BASE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_saved_come_back(tmp_path):
+    model, tokenizer = grown(["embed_tokens", "lm_head"], tied=False)
+    folder = adapters.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
+    config = models.llama_config("tiny")
+    config.tie_word_embeddings = False
+    fresh = models.random_llama(config, train.nf4_config(env.profile()))
+    loaded = adapters.load_adapter(fresh, folder, BASE).eval()
+    ids = torch.tensor([[5, 49152, 7]])
+    with torch.no_grad():
+        same = torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert same and isinstance(loaded, PeftModel)
+
+
+def test_a_tokenizer_that_has_outgrown_the_base_is_refused_on_loading(model, tmp_path):
+    """As PEFT, TRL or an older version of this package left it."""
+    folder = adapters.save_adapter(model, None, tmp_path / "adapter", BASE)
+    grown(None)[1].save_pretrained(folder)
+    with pytest.raises(ValueError, match="49,153 are needed"):
+        adapters.load_adapter(base_model(), folder, BASE)
+
+
+def test_half_precision_keeps_all_that_the_adapter_holds(tmp_path):
+    model, tokenizer = grown(["embed_tokens", "lm_head"], tied=False)
+    folder = adapters.save_adapter(
+        model, tokenizer, tmp_path / "adapter", BASE, dtype=torch.float16
+    )
+    stored = load_file(folder / adapters.WEIGHTS)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert len(stored) == 2 * 14 + 2

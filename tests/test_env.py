@@ -2,18 +2,25 @@
 
 import collections
 import os
+import pathlib
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 import types
 import warnings
 
+import nbformat
 import pytest
 import torch
 
-from qlora_helpers import env
+from qlora_helpers import course, env
 
 Disk = collections.namedtuple("Disk", "total used free")
-VARIABLES = "QLORA_PROFILE QLORA_BASE QLORA_CACHE KAGGLE_KERNEL_RUN_TYPE".split()
+VARIABLES = """QLORA_PROFILE QLORA_BASE QLORA_CACHE KAGGLE_KERNEL_RUN_TYPE
+CUDA_VISIBLE_DEVICES LOCAL_RANK""".split()
 
 
 keep_freed_memory = env.keep_freed_memory
@@ -26,8 +33,10 @@ def plain(monkeypatch):
     And setup() leaves the memory of the process that runs all tests alone.
     """
     monkeypatch.setattr(env, "keep_freed_memory", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what setup() sets is undone as well
+        monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
 
 
@@ -38,6 +47,8 @@ def no_gpu(monkeypatch):
 
 def gpu(monkeypatch, capability):
     """Let torch report a GPU of this compute capability, which emulates bf16."""
+    monkeypatch.setattr(env, "try_gpu", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
@@ -163,6 +174,15 @@ def test_a_read_only_cache_says_what_to_set(tmp_path, monkeypatch):
         tmp_path.chmod(0o700)
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
+    with pytest.raises(OSError, match="home directory.*set QLORA_CACHE"):
+        env.cache_dir()
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"),
     [
@@ -281,6 +301,21 @@ def test_without_a_container_memory_is_the_machines(tmp_path, monkeypatch):
     assert env.total_ram_gib() == whole > 0
 
 
+def test_a_limit_that_may_not_be_read_is_no_limit(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").mkdir()  # not even root can read it
+    monkeypatch.setattr(env, "CGROUP", tmp_path)
+    assert env.total_ram_gib() == env.psutil.virtual_memory().total / env.GIB
+
+
+@pytest.mark.parametrize("name", ["torch", "psutil", "platformdirs"])
+def test_a_kernel_without_the_libraries_says_which_to_choose(name):
+    code = f"import sys; sys.modules[{name!r}] = None; from qlora_helpers import env"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = ran.stderr.splitlines()[-1]
+    assert last.startswith(f"ModuleNotFoundError: {name} is missing")
+    assert sys.executable in last and "choose the kernel of the course" in last
+
+
 def test_setup_prints_one_line(machine, no_gpu, capsys, monkeypatch):
     called = []
     monkeypatch.setattr(env, "keep_freed_memory", lambda: called.append(True))
@@ -297,7 +332,182 @@ def test_setup_describes_a_gpu(machine, monkeypatch, capsys):
     card = types.SimpleNamespace(name="Tesla T4", total_memory=15 * env.GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
     env.setup()
-    assert "Tesla T4, 15 GiB, computes in float16" in capsys.readouterr().out
+    [line] = capsys.readouterr().out.splitlines()  # one GPU needs no advice
+    assert "Tesla T4, 15 GiB, computes in float16" in line
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_gpu_that_cannot_compute_is_named(monkeypatch):
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla P100")
+    with pytest.raises(RuntimeError, match="Tesla P100.*image is available.*a T4"):
+        env.try_gpu(torch.device("cuda", 0))
+
+
+# ---- several GPUs: the Trainer would take them all
+
+
+@pytest.fixture
+def two_cards(machine, monkeypatch):
+    """A machine with two T4s; the variable works unless CUDA has "started"."""
+    gpu(monkeypatch, (7, 5))
+    card = types.SimpleNamespace(name="Tesla T4", total_memory=15 * env.GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    state = types.SimpleNamespace(started=False)
+
+    def device_count():
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+        return 2 if state.started else len([i for i in chosen.split(",") if i])
+
+    monkeypatch.setattr(torch.cuda, "device_count", device_count)
+    return state
+
+
+def printed(capsys):
+    """What setup() said before its line "ready: ..."."""
+    *advice, ready = capsys.readouterr().out.splitlines()
+    assert ready.startswith("ready: ")
+    return advice
+
+
+def test_of_two_gpus_a_kernel_sees_the_first(two_cards, capsys):
+    env.setup()
+    [advice] = printed(capsys)
+    assert "the first of 2 GPUs" in advice
+    assert """os.environ["CUDA_VISIBLE_DEVICES"] = "1"` before this cell""" in advice
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert torch.cuda.device_count() == 1
+    env.setup()
+    assert printed(capsys) == []  # now it is one GPU
+
+
+def test_the_gpus_are_hidden_before_cuda_starts(two_cards, monkeypatch):
+    def started():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_available", started)
+    env.setup()
+
+
+@pytest.mark.parametrize(("chosen", "lines"), [("1", 0), ("0,1", 1), ("1,0", 1)])
+def test_a_readers_choice_of_gpus_stays(chosen, lines, two_cards, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    env.setup()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+    advice = printed(capsys)
+    assert len(advice) == lines
+    assert all("sees 2 GPUs, but training takes only one" in line for line in advice)
+
+
+def test_a_reader_may_choose_no_gpu(machine, no_gpu, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    env.setup()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert printed(capsys) == []
+
+
+def test_a_launcher_gives_each_process_its_gpu(two_cards, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    env.setup()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert printed(capsys) == []
+
+
+def test_where_cuda_has_started_setup_asks_for_a_restart(two_cards, capsys):
+    two_cards.started = True
+    for _ in range(2):  # and a second run does not take the variable for a choice
+        env.setup()
+        [advice] = printed(capsys)
+        assert "sees 2 GPUs" in advice and "restart the kernel" in advice
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+with_two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs a machine with two GPUs"
+)
+UNCHOSEN = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "QLORA_PROFILE")
+}
+SETUP = "from qlora_helpers import env; env.setup()\n"
+TRAIN = """
+import sys, torch
+from peft import get_peft_model
+from transformers import AutoTokenizer
+from qlora_helpers import embedded, env, models, records, train
+machine = env.profile()
+settings = train.sft_config(machine, sys.argv[1], 2, 4, 1e-3)
+print("n_gpu", settings.n_gpu)
+tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+base = models.random_llama("tiny", train.nf4_config(machine))
+model = get_peft_model(base, train.lora_config(4, 8))
+train_on = records.load("train")[:8]
+rows = records.to_prompt_completion(train_on, tokenizer, system=None)
+print("steps", train.build_trainer(model, tokenizer, rows, settings).train()[0])
+print("devices", {str(p.device) for p in model.parameters()}, torch.cuda.device_count())
+"""
+
+
+def on_two_gpus(code, folder, **variables):
+    """What a fresh Python prints that runs this code, with these variables."""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env={**UNCHOSEN, "PYTHONPATH": str(env.ROOT), **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+@with_two_gpus
+def test_training_after_setup_takes_one(tmp_path):
+    out = on_two_gpus(SETUP + TRAIN, tmp_path)
+    assert "uses the first of" in out
+    assert "n_gpu 1\n" in out and "steps 2\n" in out
+    assert "devices {'cuda:0'} 1\n" in out
+
+
+@with_two_gpus
+def test_a_readers_second_gpu_is_the_one_that_trains(tmp_path):
+    code = "print(torch.cuda.get_device_properties(0).uuid)"
+    first, second = (
+        on_two_gpus(f"import torch; {code}", tmp_path, CUDA_VISIBLE_DEVICES=i)
+        for i in "01"
+    )
+    out = on_two_gpus(SETUP + TRAIN + code, tmp_path, CUDA_VISIBLE_DEVICES="1")
+    assert "uses the first" not in out and "n_gpu 1\n" in out
+    assert out.endswith(second) and second != first
+
+
+@with_two_gpus
+def test_a_readers_two_gpus_stay_and_setup_says_what_follows(tmp_path):
+    count = "import torch; print(torch.cuda.device_count())"
+    out = on_two_gpus(SETUP + count, tmp_path, CUDA_VISIBLE_DEVICES="0,1")
+    assert "sees 2 GPUs, but training takes only one" in out
+    assert out.endswith("\n2\n")
+
+
+@with_two_gpus
+def test_a_readers_empty_choice_is_the_cpu(tmp_path):
+    assert ", CPU, " in on_two_gpus(SETUP, tmp_path, CUDA_VISIBLE_DEVICES="")
+
+
+@with_two_gpus
+@pytest.mark.parametrize(
+    "before", ["torch.cuda.is_available()", "torch.ones(1, device='cuda')"]
+)
+def test_setup_after_cuda_hides_a_gpu_or_asks_for_a_restart(before, tmp_path):
+    after = "import torch; print('sees', torch.cuda.device_count())"
+    out = on_two_gpus(f"import torch; {before}\n{SETUP}{after}", tmp_path)
+    hidden = "uses the first of" in out and "sees 1\n" in out
+    assert hidden or ("restart the kernel" in out and "sees 1\n" not in out)
 
 
 def test_setup_names_every_fault_at_once(machine, monkeypatch):
@@ -387,7 +597,7 @@ def test_a_second_run_on_colab_does_nothing(calls, monkeypatch):
     assert calls == []
 
 
-def test_a_failed_install_is_not_hidden(monkeypatch):
+def test_a_failed_install_says_what_to_do(monkeypatch):
     on_colab(monkeypatch)
     installed(monkeypatch, **COLABS)
 
@@ -395,7 +605,7 @@ def test_a_failed_install_is_not_hidden(monkeypatch):
         raise subprocess.CalledProcessError(1, call)
 
     monkeypatch.setattr(env.subprocess, "check_call", fail)
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(RuntimeError, match="pip install .*trl.*turn on the internet"):
         env.install_on_colab()
 
 
@@ -419,3 +629,219 @@ def test_freed_memory_is_kept_for_the_next_tensor():
 def test_elsewhere_memory_is_left_alone(monkeypatch):
     monkeypatch.setattr(env.platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
+
+
+def test_memory_is_left_alone_where_python_cannot_read_its_own_file(monkeypatch):
+    def libc_ver():
+        raise OSError("as Python from Windows' Store")
+
+    monkeypatch.setattr(env.platform, "libc_ver", libc_ver)
+    monkeypatch.setattr(env.sys, "platform", "win32")
+    assert keep_freed_memory() is False
+
+
+# ---- the set-up cell, wherever a notebook may lie
+
+
+def setup_cell():
+    return nbformat.read(course.find(["00"])[0], as_version=4).cells[1].source
+
+
+HELP = "Clone the course, and open this notebook in the clone."
+STAND_IN = """
+def setup():
+    import pathlib, sys
+    print("ready:", pathlib.Path(__file__).parents[1], len(sys.path))
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone whose package has only what the cell uses, and imports at once."""
+    package = tmp_path / "the clone" / "qlora_helpers"
+    package.mkdir(parents=True)
+    (tmp_path / "the clone" / "notebooks").mkdir()
+    for name, text in {"__init__": "", "env": STAND_IN, "train": ""}.items():
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    return package.parent
+
+
+def run_cell(folder, *, code=None, **changed):
+    """Run the set-up cell in this folder; None takes a variable away."""
+    variables = {**os.environ, "PYTHONPATH": None, **changed}
+    return subprocess.run(
+        [sys.executable, "-c", code or setup_cell()],
+        cwd=folder,
+        env={k: v for k, v in variables.items() if v is not None},
+        capture_output=True,
+        text=True,
+    )
+
+
+def last_line(ran):
+    return ran.stderr.splitlines()[-1]
+
+
+def test_the_cell_looks_for_the_file_that_git_writes_last():
+    """Git writes in the order of names: a clone that was killed is never taken."""
+    package = env.ROOT / "qlora_helpers"
+    last = max(p.relative_to(env.ROOT).as_posix() for p in package.rglob("*.py"))
+    assert f'"{last}"' in setup_cell()
+
+
+@pytest.mark.parametrize("below", ["", "notebooks", "notebooks/deeper"])
+def test_the_cell_finds_the_clone_that_it_lies_in(below, clone):
+    (clone / below).mkdir(exist_ok=True)
+    ran = run_cell(clone / below)
+    assert ran.stdout.startswith(f"ready: {clone}"), ran.stderr
+
+
+def test_in_vs_code_the_cell_looks_beside_the_notebook(clone, tmp_path):
+    file = clone / "notebooks" / "00.ipynb"
+    code = f"__vsc_ipynb_file__ = {str(file)!r}\n{setup_cell()}"
+    ran = run_cell(tmp_path, code=code)
+    assert ran.stdout.startswith(f"ready: {clone}"), ran.stderr
+    # a kernel on another machine does not have the notebook's folder
+    code = f"__vsc_ipynb_file__ = '/absent/00.ipynb'\n{setup_cell()}"
+    ran = run_cell(clone / "notebooks", code=code)
+    assert ran.stdout.startswith(f"ready: {clone}"), ran.stderr
+
+
+def test_elsewhere_the_cell_says_to_open_the_clone(tmp_path):
+    for path in (os.environ["PATH"], str(tmp_path)):  # with git, and without
+        ran = run_cell(tmp_path, PATH=path)
+        assert last_line(ran) == f"FileNotFoundError: {HELP}"
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cell_twice_is_the_cell_once(clone):
+    ran = run_cell(clone, code=f"{setup_cell()}\n{setup_cell()}")
+    once, twice = ran.stdout.splitlines()
+    assert once == twice
+
+
+def stamped(folder, address):
+    """The cell as `course stamp` writes it where the course has this address."""
+    notebook = nbformat.read(course.find(["00"])[0], as_version=4)
+    nbformat.write(notebook, folder / "00_start_here.ipynb")
+    course.stamp(folder, address)
+    return nbformat.read(folder / "00_start_here.ipynb", as_version=4).cells[1].source
+
+
+@pytest.fixture
+def address(clone):
+    """A bare repository of the clone, as its public address would be."""
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    bare = clone.with_name("public.git")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for call in (
+        [*git, "-C", clone, "init", "-q"],
+        [*git, "-C", clone, "add", "."],
+        [*git, "-C", clone, "commit", "-q", "-m", "all"],
+        [*git, "clone", "-q", "--bare", clone, bare],
+    ):
+        subprocess.run(call, check=True)
+    shutil.rmtree(clone)
+    return bare.as_uri()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A folder with nothing in it, as a notebook has on Colab."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    return folder
+
+
+def test_a_stamped_cell_fetches_the_course_once(address, alone, tmp_path):
+    code = stamped(tmp_path, address)
+    for clones in (1, 0):
+        ran = run_cell(alone, code=code)
+        assert ran.stdout.startswith(f"ready: {alone / 'course'}"), ran.stderr
+        assert ran.stderr.count("Cloning") == clones
+
+
+def test_a_stamped_cell_without_git_says_what_to_do(address, alone, tmp_path):
+    ran = run_cell(alone, code=stamped(tmp_path, address), PATH=str(alone))
+    assert last_line(ran) == f"FileNotFoundError: {HELP}"
+
+
+def test_a_clone_that_fails_leaves_nothing(address, alone, tmp_path):
+    ran = run_cell(alone, code=stamped(tmp_path, address + "/absent"))
+    assert last_line(ran) == f"FileNotFoundError: {HELP}"
+    assert list(alone.iterdir()) == []
+
+
+def half_git(folder, *lines):
+    """A git that writes half of the package, then runs these lines; its PATH."""
+    folder.mkdir()
+    half = "mkdir -p course/qlora_helpers; touch course/qlora_helpers/env.py"
+    script = "\n".join(["#!/bin/sh", "trap 'sleep 1; rm -r course; exit 1' INT", half])
+    (folder / "git").write_text("\n".join([script, *lines, ""]), encoding="utf-8")
+    (folder / "git").chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for git")
+def test_a_clone_that_was_killed_is_not_taken_for_the_course(address, alone, tmp_path):
+    code = stamped(tmp_path, address)
+    killed = run_cell(alone, code=code, PATH=half_git(tmp_path / "bin", "kill -9 $$"))
+    assert last_line(killed) == f"FileNotFoundError: {HELP}"
+    again = run_cell(alone, code=code)
+    assert last_line(again) == f"FileNotFoundError: {HELP}"
+    assert "'course' already exists" in again.stderr  # git says what is in the way
+    shutil.rmtree(alone / "course")
+    assert run_cell(alone, code=code).returncode == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for git")
+def test_an_interrupted_clone_may_clean_up(address, alone, tmp_path):
+    """Jupyter interrupts the kernel and its children; git needs a moment to tidy up."""
+    path = half_git(tmp_path / "bin", "while :; do sleep 0.1; done")
+    running = subprocess.Popen(
+        [sys.executable, "-c", stamped(tmp_path, address)],
+        cwd=alone,
+        env={**os.environ, "PYTHONPATH": "", "PATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (alone / "course" / "qlora_helpers" / "env.py").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert errors.splitlines()[-1] == f"FileNotFoundError: {HELP}"
+    assert list(alone.iterdir()) == []
+
+
+def test_without_ipywidgets_the_course_draws_bars_as_text(tmp_path):
+    """In a kernel, where tqdm asks for a widget; 04's sliders become a picture."""
+    sliders = [
+        cell.source
+        for cell in nbformat.read(course.find(["04"])[0], as_version=4).cells
+        if "ipywidgets" in cell.source and cell.cell_type == "code"
+    ]
+    assert len(sliders) == 1
+    stand_ins = """
+    import types
+    from qlora_helpers import plots
+    from qlora_helpers.env import GIB
+    def peak(*settings):
+        return types.SimpleNamespace(kinds={"weights": GIB}, peak=GIB, moment="here")
+    """
+    bar = "from tqdm.auto import tqdm; print(list(tqdm(range(2))))"
+    hidden = "import sys; sys.modules['ipywidgets'] = None"
+    sources = [hidden, setup_cell(), bar, textwrap.dedent(stand_ins), *sliders]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    path = course.NOTEBOOKS / "not_written.ipynb"
+    ran = course.execute(path, nbformat.v4.new_notebook(cells=cells))
+    texts = [
+        "".join(output.get("text", "") for output in cell.outputs) for cell in ran.cells
+    ]
+    assert "ready: " in texts[1]
+    assert "[0, 1]" in texts[2] and "2/2" in texts[2]
+    assert "Warning" not in "".join(texts)
+    assert "The sliders need ipywidgets" in texts[4]
+    assert any("image/png" in output.get("data", {}) for output in ran.cells[4].outputs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
@@ -15,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_helpers import evaluate, records
+from qlora_helpers import evaluate
 from qlora_helpers.evaluate import (
     bootstrap_interval,
     generate_answers,
@@ -259,8 +260,8 @@ def test_accuracy_of_a_model_and_its_rows(parrot, database, asked):
         {"instruction": question, "input": "", "output": sql, "ordered": False}
         for question, sql in golds.items()
     ]
-    found = evaluate.execution_accuracy(*parrot, golded, [database])
-    assert asked == [records.SYSTEM] * 4
+    found = evaluate.execution_accuracy(*parrot, golded, [database], system="Tables")
+    assert asked == ["Tables"] * 4
     assert [row["right"] for row in found.rows] == [True, True, False, False]
     assert [row["question"] for row in found.rows] == list(golds)
     assert found.rows[2]["reason"] == "4 rows, not 1"
@@ -272,12 +273,12 @@ def test_accuracy_of_a_model_and_its_rows(parrot, database, asked):
 
 
 def test_ask_shows_sql_and_rows(parrot, database, asked):
-    answer = evaluate.ask("all names", *parrot, database)
+    answer = evaluate.ask("all names", *parrot, database, system=None)
     assert answer.rows == [("Vega",), ("Deneb",), ("Altair",), ("dark",)]
     assert repr(answer).splitlines() == [
         "SELECT name FROM star", "name", "------", "Vega", "Deneb", "Altair", "dark",
     ]  # fmt: skip
-    refused = evaluate.ask("drop", *parrot, database)
+    refused = evaluate.ask("drop", *parrot, database, system=None)
     assert repr(refused).startswith("DROP TABLE star\nerror: only a query may run")
 
 
@@ -319,6 +320,52 @@ def test_perplexity_is_the_models_own_loss(parrot):
     assert found.value == pytest.approx(math.exp(sum(found.nll) / len(found.nll)))
     assert found.low < found.value < found.high
     assert f"{found.tokens} tokens" in repr(found)
+
+
+def bos(tokenizer):
+    """A copy that puts <answer> in front of a text and <end> behind it by itself."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<answer> $A <end>", special_tokens=[("<answer>", 2), ("<end>", 1)]
+    )
+    return tokenizer
+
+
+def test_perplexity_gives_each_block_the_token_that_texts_begin_with(parrot):
+    model, tokenizer = parrot
+    text = "SELECT name FROM star ORDER BY magnitude LIMIT 1" * 3
+    found = perplexity(model, bos(tokenizer), text, block=16)
+    ids = tokenizer(text)["input_ids"]
+    for i in (0, len(found.nll) - 1):
+        piece = torch.tensor([[2, *ids[16 * i : 16 * i + 17]]])
+        labels = piece.clone()
+        labels[0, :2] = -100  # BOS and the first token are given
+        with torch.no_grad():
+            loss = model(input_ids=piece, labels=labels).loss.item()
+        assert found.nll[i] == pytest.approx(loss, rel=1e-5)
+    without = perplexity(model, tokenizer, text, block=16)
+    assert found.tokens == without.tokens and found.nll != without.nll
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+def test_a_prompt_begins_with_bos_where_no_template_writes_it(template, parrot):
+    model, tokenizer = parrot[0], bos(parrot[1])
+    tokenizer.chat_template = template
+    seen = []
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda layer, given, out: seen.append(given[0][0].tolist())
+    )
+    record = {"instruction": "count", "output": "SELECT"}
+    try:
+        generate_answers(model, tokenizer, ["count"], max_new_tokens=1)
+        evaluate.answer_logits(model, tokenizer, [record], system=None)
+    finally:
+        handle.remove()
+    given, judged = seen
+    ids = parrot[1]("count")["input_ids"]
+    assert given == ([2, *ids] if template is None else ids)
+    assert (judged[0] == 2) == (template is None)
+    assert 1 not in judged  # no end token before the answer, nor behind it
 
 
 def test_perplexity_of_noise_on_an_untrained_model_is_the_vocabulary(parrot):

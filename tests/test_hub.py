@@ -5,9 +5,10 @@ import pathlib
 import hub_server
 import huggingface_hub
 import pytest
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, errors, snapshot_download
+from peft import get_peft_model
 
-from qlora_helpers import hub
+from qlora_helpers import adapters, card, env, hub, models, train
 
 TOKEN = "hf_test"
 READABLE = "own/readable"  # there, but not to be written to
@@ -73,6 +74,22 @@ def test_pushed_again_the_new_files_are_there(server, folder, tmp_path):
     hub.push(folder, "own/new")
     assert server.created == {"own/new": False}  # a repository stays what it was
     assert contents(tmp_path / "uploads/own/new") == contents(folder)
+
+
+def test_an_adapter_is_saved_gets_its_card_and_is_pushed(server, tmp_path):
+    base = {"name": "own/base", "revision": "a" * 40, "tensors_sha256": "0" * 64}
+    quantized = models.random_llama("tiny", train.nf4_config(env.profile()))
+    model = get_peft_model(quantized, train.lora_config(4, 8))
+    folder = adapters.save_adapter(model, None, tmp_path / "adapter", base)
+    facts = {"data": "night trains", "licence": "Llama 3.2", "system": None}
+    card.write_adapter_card(folder, base, facts)
+    hub.push(folder, "own/adapter")
+    back = pathlib.Path(snapshot_download("own/adapter", cache_dir=tmp_path / "cache"))
+    found = ModelCard.load(back / "README.md").data
+    assert (found.base_model, found.base_model_relation) == ("own/base", "adapter")
+    assert (found.library_name, found.license) == ("peft", "llama3.2")
+    assert adapters.base_of(back)["name"] == "own/base"
+    assert contents(back) == contents(folder)
 
 
 def test_a_name_alone_is_the_readers_own(server, folder):

@@ -1,5 +1,7 @@
 """The byte formulas against the libraries' own code: rehearsed, and run on this CPU."""
 
+import copy
+import dataclasses
 import json
 from unittest import mock
 
@@ -7,8 +9,16 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, BitsAndBytesConfig, GPT2Config
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPTQConfig,
+    LlamaConfig,
+    Qwen2Config,
+    TrainingArguments,
+)
 from trl import SFTConfig
 
 from qlora_helpers import (
@@ -17,6 +27,7 @@ from qlora_helpers import (
     formulas,
     memory,
     models,
+    plan,
     recorded,
     rehearse,
     train,
@@ -95,6 +106,20 @@ RUNS = {
         sft(2, 512, torch.float16),
         None,
     ),
+    "fp16, no checkpointing": (
+        short("8B"),
+        nf4(dtype=torch.float16),
+        lora(),
+        sft(1, 512, torch.float16, every=0),
+        None,
+    ),
+    "fp16, shared keys and values": (
+        short("8B"),
+        nf4(dtype=torch.float16),
+        lora(),
+        sft(1, 512, torch.float16, every=0),
+        Extras(repeat_kv=False),
+    ),
     "bf16 adapters": (
         short("3B"),
         *Q,
@@ -167,11 +192,27 @@ def test_predicted_is_what_the_libraries_allocate(run):
 def test_a_rehearsal_leaves_no_trace():
     mask = rehearse.modeling_llama.create_causal_mask
     tile = rehearse.head._forward_tile
+    shares = rehearse.sdpa_attention.use_gqa_in_sdpa
     rehearse.step(*RUNS["fp16"])
     assert rehearse.modeling_llama.create_causal_mask is mask
     assert rehearse.head._forward_tile is tile
+    assert rehearse.sdpa_attention.use_gqa_in_sdpa is shares
     assert not torch.is_autocast_enabled("cuda")
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 32])
+def test_repeated_keys_and_values_are_as_wide_as_the_queries(heads):
+    """One head of keys is only viewed as many; and 32 heads share nothing."""
+    config = short("8B", 1)
+    config.num_key_value_heads = heads
+    run = config, nf4(dtype=torch.float16), lora(), sft(1, 64, torch.float16, every=0)
+    shared, repeated = Extras(repeat_kv=False), Extras(repeat_kv=True)
+    predicted = [memory.predict(*run, how).kept for how in (shared, repeated)]
+    rehearsed = [rehearse.step(*run, how)["kept"] for how in (shared, repeated)]
+    wider = 0 if heads == 1 else 64 * 2 * 2 * 128 * (32 - heads)  # bytes
+    assert predicted[1] - predicted[0] == rehearsed[1] - rehearsed[0] == wider
+    assert memory.predict(*run).kept == predicted[1]  # as the recipe does in fp16
 
 
 # ---- against a run on this machine
@@ -275,10 +316,11 @@ GRID = recorded.read("memory_grid")["rows"]
 
 
 def configs_of(row):
-    """What a recorded run was trained with."""
+    """What a recorded run was trained with; it did not repeat keys and values."""
     sizes = row["method"], row["rows"], row["length"], row["every"]
     config = models.llama_config(row["shape"])
-    return fit.configs(config, *sizes, env.elsewhere(row["profile"]))
+    run = fit.configs(config, *sizes, env.elsewhere(row["profile"]))
+    return *run, Extras(repeat_kv=False)
 
 
 def name_of(row):
@@ -314,13 +356,13 @@ def test_predicted_is_what_a_gpu_took(row):
     assert rest[0] == pytest.approx(rest[1], rel=0.15)
 
 
-def test_what_torch_may_hold_is_not_less_than_the_peak():
+def test_what_torch_needs_is_not_less_than_the_peak():
     for row in GRID:
         answer = fit.will_it_fit(
             row["shape"], 80, row["method"], row["rows"], row["length"]
         )
         if row["every"] == 1:
-            assert answer.held_gib > row["peak_gib"]
+            assert answer.needed_gib > row["peak_gib"]
 
 
 def test_the_longest_row_is_the_one_that_was_found():
@@ -366,6 +408,39 @@ def test_a_cpu_is_not_held_to_anything():
     memory.hold_to(None)
 
 
+@pytest.mark.parametrize("gib", [0, -1, 8192, float("nan"), True, "15"])
+def test_a_limit_that_is_no_memory_of_a_gpu_is_refused(gib):
+    with pytest.raises(ValueError, match="expected the memory of one GPU in GiB"):
+        memory.hold_to(gib)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "expected"),
+    [(1.0, 50 + 2), (0.5, 40 - 6), (0.05, 0)],  # the driver decides, or torch's limit
+)
+def test_what_torch_may_still_take(monkeypatch, fraction, expected):
+    """Of 80: 50 are free, torch has reserved 8 and uses 6 of them."""
+    gpu = env.elsewhere("bf16")
+    monkeypatch.setattr(env, "profile", lambda: gpu)
+    known = {
+        "memory_allocated": 6,
+        "memory_reserved": 8,
+        "mem_get_info": (50, 80),
+        "get_device_properties": mock.Mock(total_memory=80),
+        "get_per_process_memory_fraction": fraction,
+    }
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert memory.may_take() == expected
+
+
+def test_without_a_gpu_torch_takes_nothing_of_it():
+    if not env.profile().use_cpu:
+        pytest.skip("here is a GPU")
+    with pytest.raises(RuntimeError, match="no GPU here"):
+        memory.may_take()
+
+
 # ---- what cannot be predicted
 
 
@@ -377,11 +452,32 @@ def test_a_cpu_is_not_held_to_anything():
         (("1B", *Q, None), TypeError, "sft_config is missing"),
         (("1B", *Q, sft(rows=-1)), ValueError, "batch_size is -1, expected"),
         (("1B", *Q, sft(length=None)), ValueError, "max_length is None, expected"),
+        (("1B", *Q, sft(length=True)), ValueError, "max_length is True, expected"),
+        (
+            ("1B", *Q, TrainingArguments("never_written", use_cpu=True)),
+            TypeError,
+            "expected SFTConfig",
+        ),
+        (
+            ("1B", GPTQConfig(4), lora(), sft()),
+            TypeError,
+            "expected BitsAndBytesConfig or None",
+        ),
         (("1B", nf4(), None, sft()), ValueError, "4-bit weights cannot train"),
         (
             ("1B", BitsAndBytesConfig(load_in_8bit=True), lora(), sft()),
             ValueError,
-            "not 4-bit",
+            "load_in_8bit is True",
+        ),
+        (
+            (
+                "1B",
+                BitsAndBytesConfig(bnb_4bit_compute_dtype="bfloat16"),
+                lora(),
+                sft(),
+            ),
+            ValueError,
+            "load_in_4bit is False",
         ),
         (("1B", *Q, sft(dtype=torch.float16)), ValueError, "make them the same"),
         (
@@ -394,7 +490,17 @@ def test_a_cpu_is_not_held_to_anything():
             ValueError,
             "expected 'all-linear' or names of",
         ),
-        (("1B", nf4(), lora(use_dora=True), sft()), ValueError, "use_dora is set"),
+        (("1B", nf4(), lora(use_dora=True), sft()), ValueError, "use_dora is True"),
+        (
+            ("1B", nf4(), AdaLoraConfig(total_step=9), sft()),
+            ValueError,
+            "peft_type is 'ADALORA'",
+        ),
+        (
+            ("1B", None, None, sft(dtype=torch.float16)),
+            ValueError,
+            "full fine-tuning of 16-bit weights does not work in fp16",
+        ),
         (
             ("1B", None, lora(), sft(), Extras(kbit_casts=True)),
             ValueError,
@@ -417,6 +523,90 @@ def test_what_cannot_be_predicted_is_refused(configs, error, words):
         memory.predict(*configs)
 
 
+def settings_of(kind):
+    """Every setting of a kind of config in the installed library."""
+    usual = {
+        LlamaConfig: short("1B"),
+        BitsAndBytesConfig: nf4(),
+        LoraConfig: lora(),
+        SFTConfig: sft(),
+    }
+    return sorted(plan._defaults(usual[kind]))
+
+
+def changed(config, setting):
+    """A copy of a config with another value of a setting, unchecked by its library."""
+    changed, old = copy.copy(config), getattr(config, setting, None)
+    if setting in plan.HARMLESS_VALUES:
+        new = "another"
+    elif isinstance(old, bool | None):
+        new = not old
+    elif isinstance(old, int | float):
+        new = old + 1
+    else:
+        new = "another"
+    if setting in plan.ATTRIBUTES:
+        setattr(changed, setting, new)
+    else:
+        vars(changed)[setting] = new
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "setting"),
+    [
+        (place, kind, setting)
+        for place, kind in enumerate(plan.COUNTED)
+        for setting in settings_of(kind)
+    ],
+)
+def test_each_setting_is_counted_harmless_or_refused(place, kind, setting):
+    """Also of a library that is newer than these tables."""
+    if setting in plan.COUNTED[kind].split():
+        return  # the tests above
+    run = [short("1B"), *Q, sft()]
+    before = memory.predict(*run)
+    run[place] = changed(run[place], setting)
+    if setting in plan.HARMLESS[kind].split():
+        assert memory.predict(*run) == before
+        return
+    with pytest.raises(ValueError, match=rf"_config\.{setting.lstrip('_')} is .*leave"):
+        memory.predict(*run)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    """use_liger_kernel packing padding_free torch_compile fsdp deepspeed eval_strategy
+    label_smoothing_factor activation_offloading auto_find_batch_size optim_args
+    resume_from_checkpoint neftune_noise_alpha dataset_kwargs layers_to_transform
+    exclude_modules use_dora modules_to_save rank_pattern lora_bias attention_bias
+    llm_int8_skip_modules mlp_bias attention_dropout hidden_act""".split(),
+)
+def test_what_changes_bytes_is_in_no_table(setting):
+    passed = [*plan.COUNTED.values(), *plan.HARMLESS.values()]
+    assert not any(setting in names.split() for names in passed)
+
+
+def test_a_setting_that_a_later_library_adds_is_refused():
+    @dataclasses.dataclass
+    class Later(SFTConfig):
+        turbo: bool = True
+
+    settings = Later(**{"output_dir": "never_written", "use_cpu": True})
+    assert memory.predict("1B", *Q, settings).peak > 0
+    settings.turbo = False
+    with pytest.raises(ValueError, match="sft_config.turbo is False.*leave it at True"):
+        memory.predict("1B", *Q, settings)
+
+
+def test_an_accumulation_that_accelerate_would_do_is_refused():
+    settings = sft(
+        accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 4}}
+    )
+    with pytest.raises(ValueError, match="accelerator_config is .*num_steps"):
+        memory.predict("1B", *Q, settings)
+
+
 def test_a_switch_that_was_set_too_late_is_told():
     settings = sft()
     if not hasattr(settings, "activation_checkpointing"):
@@ -433,15 +623,37 @@ def test_a_model_that_fits():
     answer = fit.will_it_fit("meta-llama/Llama-3.1-8B", gpu_gib=15)
     assert answer.fits
     assert str(answer).startswith(
-        "meta-llama/Llama-3.1-8B, QLoRA, 1 x 512 tokens: fits"
+        "meta-llama/Llama-3.1-8B, QLoRA, 1 x 512 tokens in bf16: fits"
     )
+
+
+def test_a_gpu_without_bf16_needs_more():
+    """It repeats keys and values; the 13B's heads share none."""
+    for name, shares in (("8B", True), ("13B", False)):
+        old, new = (
+            fit.will_it_fit(name, 15, length=4096, kind=kind)
+            for kind in ("fp16", "bf16")
+        )
+        assert "4,096 tokens in fp16: " in old.sentence
+        assert (old.needed_gib > new.needed_gib) == shares
+    length = fit.longest_row("8B", 15, kind="fp16")
+    assert length < fit.longest_row("8B", 15)
+    assert fit.will_it_fit("8B", 15, length=length, kind="fp16").fits
+    assert not fit.will_it_fit("8B", 15, length=length + 64, kind="fp16").fits
 
 
 @pytest.mark.parametrize(
     ("given", "change", "words"),
     [
         (("8B", 16, "lora", 1, 512), ("8B", 16, "qlora", 1, 512), "with QLoRA"),
-        (("8B", 8, "qlora", 8, 1024), ("8B", 8, "qlora", 1, 1024), "1 row at a time"),
+        (("8B", 8, "qlora", 8, 1024), ("8B", 8, "qlora", 2, 1024), "most 2 rows at"),
+        (("8B", 8, "qlora", 8, 2048), ("8B", 8, "qlora", 1, 2048), "most 1 row at a"),
+        (("8B", 16, "lora", 16), ("8B", 16, "qlora", 16), "with QLoRA."),
+        (
+            ("8B", 16, "lora", 16, 2048),
+            ("8B", 16, "qlora", 7, 2048),
+            "QLoRA and at most 7 rows at a time.",
+        ),
     ],
 )
 def test_the_change_it_proposes_works(given, change, words):
@@ -449,6 +661,13 @@ def test_the_change_it_proposes_works(given, change, words):
     assert not answer.fits
     assert words in answer.sentence
     assert fit.will_it_fit(*change).fits
+
+
+def test_the_rows_it_proposes_are_the_most():
+    answer = fit.will_it_fit("8B", 16, batch=16, length=2048)
+    assert "it fits with at most 7 rows at a time" in answer.sentence
+    assert fit.will_it_fit("8B", 16, batch=7, length=2048).fits
+    assert not fit.will_it_fit("8B", 16, batch=8, length=2048).fits
 
 
 def test_the_length_it_proposes_is_the_longest():
@@ -487,7 +706,7 @@ def test_what_torch_cannot_use_counts():
     answer = fit.will_it_fit("8B", 80, length=8192)
     peak = answer.prediction.peak / env.GIB
     assert not fit.will_it_fit("8B", peak + fit.CONTEXT_GIB, length=8192).fits
-    enough = answer.held_gib + fit.CONTEXT_GIB + 0.01
+    enough = answer.needed_gib + fit.CONTEXT_GIB + 0.01
     assert fit.will_it_fit("8B", enough, length=8192).fits
 
 
@@ -500,12 +719,83 @@ def test_nothing_fits():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (("9B", 15), "neither 'embedded', nor a directory here, nor a Hub id"),
-        (("8B", 0), "gpu_gib is 0"),
+        (("7B", 15), r"'7B' is not known: give one of the shapes \['tiny', '1B'"),
+        ((Qwen2Config(), 15), "model is Qwen2Config, expected a LlamaConfig"),
+        ((None, 15), "model is NoneType, expected a LlamaConfig"),
+        (("~/no/such/model", 15), "nor a directory here"),
+        (("8B", 0), "gpu_gib is 0, expected the memory of one GPU in GiB"),
+        (("8B", 8192), "gpu_gib is 8192, expected the memory of one GPU in GiB"),
+        (("8B", "8"), "gpu_gib is '8', expected"),
+        (("8B", float("nan")), "gpu_gib is nan, expected"),
+        (("8B", True), "gpu_gib is True, expected"),
         (("8B", 15, "dora"), "method 'dora' is unknown"),
-        (("8B", 15, "qlora", -1), "per_device_train_batch_size is -1"),
+        (("8B", 15, "qlora", -1), "batch is -1, expected a whole number"),
+        (("8B", 15, "qlora", 1.5), "batch is 1.5, expected a whole number"),
+        (("8B", 15, "qlora", 1, "512"), "length is '512', expected a whole number"),
+        (("13B", 80, "qlora", 1, 5000), "13B was made for rows of at most 4,096"),
+        (("8B", 15, "qlora", 1, 512, "cpu"), "kind 'cpu' is unknown"),
+        (("8B", 15, "full", 1, 512, "fp16"), "does not work in fp16"),
+        ((LlamaConfig(mlp_bias=True), 15), "mlp_bias is True"),
     ],
 )
 def test_bad_questions_get_clear_answers(given, words):
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=words):
         fit.will_it_fit(*given)
+    if len(given) == 2:
+        with pytest.raises((ValueError, TypeError, FileNotFoundError), match=words):
+            fit.longest_row(*given)
+
+
+# ---- whose config
+
+
+def test_a_known_name_needs_no_network(monkeypatch):
+    monkeypatch.setattr(models, "only_cached", mock.Mock(side_effect=AssertionError))
+    for name in ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B", "1B"):
+        assert models.config_of(name).hidden_size == 2048
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        ({"model_type": "qwen2"}, ValueError, "not a Llama .its model_type is 'qwen2'"),
+        ({"model_type": "later"}, ValueError, "not a Llama .its model_type is 'later'"),
+        ({}, ValueError, "not a Llama .its model_type is None"),
+        (None, FileNotFoundError, "holds no config.json"),
+    ],
+)
+def test_a_folder_that_is_no_llama_is_refused(tmp_path, config, error, words):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(error, match=words):
+        models.config_of(tmp_path)
+
+
+def test_a_folder_in_the_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    short("3B").save_pretrained(tmp_path / "llama")
+    assert fit.will_it_fit("~/llama", 15).fits
+    assert models.config_of("~/llama").hidden_size == 3072
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path):
+    config = short("3B")
+    config.quantization_config = nf4().to_dict()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is quantized already: give the model"):
+        fit.will_it_fit(tmp_path, 15)
+    with pytest.raises(ValueError, match="quantization_config is not the bnb_config"):
+        fit.will_it_fit(config, 15)
+
+
+def test_the_config_of_a_model_in_4_bits_is_a_shape():
+    config = models.random_llama("tiny", nf4(dtype=torch.float32)).config
+    for method in fit.METHODS:
+        asked, usual = (
+            fit.will_it_fit(model, 15, method) for model in (config, "tiny")
+        )
+        assert asked.prediction == usual.prediction
+    settings = sft(dtype=torch.float32)
+    with pytest.raises(ValueError, match="is not the bnb_config"):
+        memory.predict(config, nf4(False, torch.float32), lora(), settings)

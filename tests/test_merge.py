@@ -1,16 +1,19 @@
 """Merges: equal to what was trained where they should be, by shards as in memory."""
 
+import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapters import IDS, adapted, base_model, logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers import adapters, env, evaluate, memory, merge, models, records, train
 
@@ -64,11 +67,11 @@ def test_into_the_dequantized_base_it_is_the_trained_model(trained, merged_folde
     """KL below 0.002 nat: what 16-bit rounding costs. Into the original, more."""
     model, tokenizer = trained
     few = records.load("phrasing")[:12]
-    reference = evaluate.answer_logits(model, tokenizer, few)
+    reference = evaluate.answer_logits(model, tokenizer, few, system=records.SYSTEM)
     far = {}
     for into, folder in merged_folders.items():
         whole, _ = models.load_base(str(folder))
-        found = evaluate.answer_logits(whole, tokenizer, few)
+        found = evaluate.answer_logits(whole, tokenizer, few, system=records.SYSTEM)
         far[into] = evaluate.divergence(found, reference)
     assert far["dequantized"].kl < 0.002 and far["dequantized"].error < 0.06
     assert far["original"].error > 5 * far["dequantized"].error
@@ -232,17 +235,294 @@ def test_an_interrupted_merge_leaves_the_old_model(tiny, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_is_no_model_is_never_replaced(tiny, tmp_path):
+def contents(folder):
+    """Every file below a folder with its bytes."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file): file.read_bytes() for file in files}
+
+
+def test_neither_base_nor_adapter_is_replaced_by_the_merge(tiny, tmp_path):
+    base, adapter = (shutil.copytree(path, tmp_path / path.name) for path in tiny)
+    before = contents(tmp_path)
+    for what, out in {"the base": base, "the adapter": adapter}.items():
+        with pytest.raises(FileExistsError, match=f"is {what}: name another folder"):
+            merge.merge_folder(str(base), adapter, out, "original")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["a person's files", "another model", "a file more"])
+def test_what_a_merge_did_not_write_is_never_replaced(tiny, tmp_path, what):
     base, adapter = map(str, tiny)
-    (tmp_path / "diary.txt").write_text("mine", "utf-8")
-    with pytest.raises(FileExistsError, match="is no model"):
-        merge.merge_folder(base, adapter, tmp_path)
-    assert (tmp_path / "diary.txt").exists()
+    out = tmp_path / "out"
+    if what == "a person's files":
+        out.mkdir()
+        shutil.copy(tiny[0] / "config.json", out / "config.json")
+        (out / "diary.txt").write_text("mine", "utf-8")
+    elif what == "another model":
+        shutil.copytree(tiny[0], out)
+    else:
+        merge.merge_folder(base, adapter, out)
+        (out / "notes.md").write_text("mine", "utf-8")
+    before = contents(out)
+    with pytest.raises(FileExistsError, match="which was not written here"):
+        merge.merge_folder(base, adapter, out)
+    assert contents(out) == before
+
+
+def test_the_refusal_comes_before_anything_is_computed(tiny, tmp_path, monkeypatch):
+    base, adapter = map(str, tiny)
+    (tmp_path / "diary").write_text("mine", "utf-8")
+    monkeypatch.setattr(merge.models, "base_identity", pytest.fail)
+    monkeypatch.setattr(merge, "merged", pytest.fail)
+    with pytest.raises(FileExistsError, match="is a file"):
+        merge.merge_folder(base, adapter, tmp_path / "diary")
+    with pytest.raises(PermissionError, match="cannot be written"):
+        merge.merge_folder(base, adapter, tmp_path / "diary" / "out")
+
+
+def test_the_command_line_says_it_in_one_line(tiny, tmp_path):
+    base, adapter = map(str, tiny)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run_alone([base, adapter, base])
+    assert caught.value.returncode == 1
+    said = caught.value.stderr.strip().splitlines()
+    assert said[-1] == f"error: {base} is the base: name another folder"
+    assert not any(line.startswith("Traceback") for line in said)
+
+
+def test_merged_again_the_new_model_stands_there(tiny, tmp_path):
+    base, adapter = map(str, tiny)
+    out = merge.merge_folder(base, adapter, tmp_path / "out", "original")
+    first = tensors(out)
+    (out / "README.md").write_text("# Mine", "utf-8")
+    merge.merge_folder(base, adapter, out, "dequantized", shard_bytes=50_000)
+    second = tensors(out)
+    assert set(first) == set(second) and not all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+    assert (out / "README.md").read_text("utf-8") == "# Mine"
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_second_set_of_weights_is_left_out(tiny, tmp_path):
+    base = shutil.copytree(tiny[0], tmp_path / "base")
+    double = {f"x.{name}": tensor for name, tensor in tensors(base).items()}
+    save_file(double, base / "consolidated.safetensors", metadata={"format": "pt"})
+    out = merge.merge_folder(str(base), tiny[1], tmp_path / "out", "original")
+    assert set(tensors(out)) == set(tensors(tiny[0]))
+
+
+# ---- every setting of PEFT's LoraConfig is merged as PEFT does it, or refused by name
 
 
 def edit(file, **changes):
     config = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps(config | changes), "utf-8")
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# setting: (the value that is tried, what the refusal names; None where it is merged)
+SETTINGS = {
+    "r": (3, None),
+    "lora_alpha": (5, None),
+    "use_rslora": (True, None),
+    "rank_pattern": ({"q_proj": 2, r"layers\.1\..*up_proj": 3}, None),
+    "alpha_pattern": ({"down_proj": 3}, None),
+    "target_modules": ("all-linear", None),
+    "exclude_modules": (["up_proj"], None),
+    "layers_to_transform": ([1], None),
+    "layers_pattern": ("layers", None),
+    "lora_dropout": (0.5, None),
+    "task_type": ("CAUSAL_LM", None),
+    "peft_type": ("LORA", None),
+    "auto_mapping": (None, None),
+    "peft_version": (None, None),
+    "base_model_name_or_path": ("x", None),
+    "revision": ("main", None),
+    "inference_mode": (True, None),
+    "megatron_core": ("megatron.core", None),
+    "qalora_group_size": (16, None),
+    "runtime_config": ({"ephemeral_gpu_offload": False}, None),
+    "eva_config": ({}, None),
+    "init_lora_weights": ("pissa", "init_lora_weights='pissa'"),
+    "use_dora": (True, "use_dora=True"),
+    "bias": ("all", "bias='all'"),
+    "modules_to_save": (["lm_head"], "modules_to_save"),
+    "trainable_token_indices": ([5], "trainable_token_indices"),
+    "lora_bias": (True, "lora_bias=True"),
+    "fan_in_fan_out": (True, "fan_in_fan_out=True"),
+    "target_parameters": (["mlp.up_proj.weight"], "target_parameters"),
+    "layer_replication": ([[0, 2], [1, 2]], "layer_replication"),
+    "megatron_config": ({"a": 1}, "megatron_config"),
+    "loftq_config": ({"loftq_bits": 4}, "loftq_config"),
+    "corda_config": ({"rho": 1}, "corda_config"),
+    "lora_ga_config": ({"direction": "x"}, "lora_ga_config"),
+    "velora_config": ({"a": 1}, "velora_config"),
+    "alora_invocation_tokens": ([1, 2], "alora_invocation_tokens"),
+    "use_qalora": (True, "use_qalora=True"),
+    "monteclora_config": ({"a": 1}, "monteclora_config"),
+    "use_bdlora": ({"nblocks": 2}, "use_bdlora"),
+    "arrow_config": ({"top_k": 1}, "arrow_config"),
+    "kasa_config": ({"a": 1}, "kasa_config"),
+    "ensure_weight_tying": (True, "ensure_weight_tying=True"),
+}
+
+
+def test_the_table_has_every_setting_of_this_peft():
+    """A setting that PEFT adds needs a row, and is refused until it has one."""
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("key", [k for k, (_, named) in SETTINGS.items() if named])
+def test_a_setting_that_is_more_than_b_a_is_refused_by_name(tiny, tmp_path, key):
+    folder = shutil.copytree(tiny[1], tmp_path / "adapter")
+    value, named = SETTINGS[key]
+    edit(folder / "adapter_config.json", **{key: value})
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        merge.merge_folder(str(tiny[0]), folder, tmp_path / "out", "original")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def peft_adapter(base, folder, **given):
+    """An adapter of PEFT that changes something: the folder, and PEFT's own merge."""
+    identity = models.base_identity(str(base))
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION} | given
+    torch.manual_seed(0)
+    model = get_peft_model(plain(base), LoraConfig(**{"task_type": "CAUSAL_LM"} | lora))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    adapter = adapters.save_adapter(model.eval(), None, folder, identity)
+    return adapter, model.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [k for k, (value, named) in SETTINGS.items() if not named and value is not None],
+)
+def test_every_other_setting_is_merged_as_peft_does_it(tiny, tmp_path, key):
+    given = {key: SETTINGS[key][0]}
+    if key in ("runtime_config", "eva_config", "inference_mode"):
+        given = {}  # written into the file below: no way of making another adapter
+    if key == "layers_pattern":
+        given["layers_to_transform"] = [0]
+    adapter, theirs = peft_adapter(tiny[0], tmp_path / "adapter", **given)
+    if not given:
+        edit(adapter / "adapter_config.json", **{key: SETTINGS[key][0]})
+    out = merge.merge_folder(str(tiny[0]), adapter, tmp_path / "out", "original")
+    theirs, base = theirs.state_dict(), tensors(tiny[0])
+    changed = 0
+    for name, weight in tensors(out).items():
+        torch.testing.assert_close(
+            weight, theirs[name].bfloat16(), rtol=2**-7, atol=1e-6
+        )
+        changed += not torch.equal(weight, base[name])
+    assert changed > 0
+
+
+@pytest.mark.parametrize("start", merge.STARTS, ids=str)
+def test_a_start_that_leaves_the_base_is_merged_as_peft_does_it(tiny, tmp_path, start):
+    if start == "eva":  # needs data; what it saves is an A of its own
+        adapter, theirs = peft_adapter(tiny[0], tmp_path / "adapter")
+        edit(adapter / "adapter_config.json", init_lora_weights="eva")
+    else:
+        adapter, theirs = peft_adapter(
+            tiny[0], tmp_path / "adapter", init_lora_weights=start
+        )
+    out = merge.merge_folder(str(tiny[0]), adapter, tmp_path / "out", "original")
+    theirs = theirs.state_dict()
+    for name, weight in tensors(out).items():
+        torch.testing.assert_close(
+            weight, theirs[name].bfloat16(), rtol=2**-7, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "corda"])
+def test_a_start_that_changes_the_base_is_refused_by_name(tiny, tmp_path, start):
+    if start in ("pissa", "olora"):
+        adapter, _ = peft_adapter(
+            tiny[0], tmp_path / "adapter", init_lora_weights=start
+        )
+    else:
+        adapter = shutil.copytree(tiny[1], tmp_path / "adapter")
+        edit(adapter / "adapter_config.json", init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"started with init_lora_weights='{start}'"):
+        merge.merge_folder(str(tiny[0]), adapter, tmp_path / "out", "original")
+
+
+def test_a_setting_of_a_newer_peft_is_refused_unless_it_is_off(tiny, tmp_path):
+    folder = shutil.copytree(tiny[1], tmp_path / "adapter")
+    edit(folder / "adapter_config.json", use_next_year=False)
+    merge.read_pairs(folder)
+    edit(folder / "adapter_config.json", use_next_year=True)
+    with pytest.raises(ValueError, match="use_next_year=True: this PEFT does not know"):
+        merge.read_pairs(folder)
+
+
+@pytest.mark.parametrize("kind", sorted(set(PeftType) - {PeftType.LORA}))
+def test_every_other_kind_of_adapter_is_refused_by_name(tiny, tmp_path, kind):
+    folder = shutil.copytree(tiny[1], tmp_path / "adapter")
+    edit(folder / "adapter_config.json", peft_type=kind.value)
+    with pytest.raises(ValueError, match=f"is {kind.value}, not LORA"):
+        merge.merge_folder(str(tiny[0]), folder, tmp_path / "out", "original")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": [*ATTENTION, "embed_tokens"]},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [5, 6]},
+        {"use_dora": True},
+        {"lora_bias": True},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_a_tensor_that_is_no_a_or_b_is_refused_by_its_own_name(tmp_path, more):
+    """Whatever the config says: nothing in the file is passed over."""
+    config = models.llama_config("tiny")
+    config.tie_word_embeddings, config.attention_bias = False, True
+    models.random_llama(config).bfloat16().save_pretrained(tmp_path / "base")
+    adapter, _ = peft_adapter(tmp_path / "base", tmp_path / "adapter", **more)
+    with pytest.raises(ValueError):
+        merge.read_pairs(adapter)
+    plain_config = {"bias": "none", "modules_to_save": None, "use_dora": False}
+    plain_config |= {"trainable_token_indices": None, "lora_bias": False}
+    edit(adapter / "adapter_config.json", **plain_config)
+    with pytest.raises(ValueError, match=r"holds base_model\.model\..*more than B A"):
+        merge.read_pairs(adapter)
+
+
+def test_the_head_is_merged_where_it_is_its_own_and_refused_where_it_is_tied(
+    tiny, tmp_path
+):
+    config = models.llama_config("tiny")
+    config.tie_word_embeddings = False
+    models.random_llama(config).bfloat16().save_pretrained(tmp_path / "base")
+    head = {"target_modules": [*ATTENTION, "lm_head"]}
+    adapter, theirs = peft_adapter(tmp_path / "base", tmp_path / "adapter", **head)
+    base = str(tmp_path / "base")
+    out = merge.merge_folder(base, adapter, tmp_path / "out", "original")
+    weight = theirs.get_output_embeddings().weight.bfloat16()
+    torch.testing.assert_close(
+        tensors(out)["lm_head.weight"], weight, rtol=2**-7, atol=1e-6
+    )
+    adapter, _ = peft_adapter(tiny[0], tmp_path / "tied", **head)
+    with pytest.raises(ValueError, match="no lm_head.weight, .* it is tied to the"):
+        merge.merge_folder(str(tiny[0]), adapter, tmp_path / "out2", "original")
+
+
+def test_a_tokenizer_that_has_outgrown_the_base_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny[1], tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(models.embedded_dir())
+    tokenizer.save_pretrained(folder)
+    merge.merge_folder(str(tiny[0]), folder, tmp_path / "out")
+    tokenizer.add_tokens(["<sql>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="has 49,153 tokens, .* rows for 49,152"):
+        merge.merge_folder(str(tiny[0]), folder, tmp_path / "out2")
 
 
 def test_what_cannot_be_merged_is_refused(tiny, tmp_path):
@@ -251,16 +531,22 @@ def test_what_cannot_be_merged_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="expected one of dequantized, original"):
         merge.merge_folder(base, tiny[1], tmp_path / "out", "4 bits")
     folder = adapters.save_adapter(adapted(0), None, tmp_path / "adapter", identity)
-    edit(folder / "adapter_config.json", use_dora=True)
-    with pytest.raises(ValueError, match="use_dora: it is more than B A"):
-        merge.merge_folder(base, folder, tmp_path / "out")
-    edit(folder / "adapter_config.json", use_dora=False)
     edit(folder / "base.json", quantization=None)
     with pytest.raises(ValueError, match="trained on a base quantized as None"):
         merge.merge_folder(base, folder, tmp_path / "out")
     with pytest.raises(ValueError, match="another base"):
         merge.merge_folder(models.EMBEDDED, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_base_elsewhere_and_in_shards_is_the_same_base(tiny, tmp_path):
+    moved = shutil.copytree(tiny[0], tmp_path / "moved")
+    merge.merge_folder(str(moved), tiny[1], tmp_path / "one", "original")
+    plain(tiny[0]).bfloat16().save_pretrained(tmp_path / "cut", max_shard_size="2MB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    merge.merge_folder(str(tmp_path / "cut"), tiny[1], tmp_path / "two", "original")
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_quantized_base_is_refused(tmp_path):

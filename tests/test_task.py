@@ -247,7 +247,7 @@ def test_examples_are_short():
     texts = []
     for split in SPLITS.values():
         for record in split:
-            turns = records.messages(record)
+            turns = records.messages(record, records.SYSTEM)
             turns.append({"role": "assistant", "content": record["output"]})
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
     lengths = [len(ids) for ids in tokenizer(texts).input_ids]

@@ -1,6 +1,7 @@
 """The recipe: what it sets, what it refuses, what it saves."""
 
 import json
+import re
 
 import nbformat
 import pytest
@@ -37,9 +38,15 @@ def model():
 
 @pytest.fixture
 def trainer(model, tokenizer, tmp_path):
-    dataset = records.to_prompt_completion(records.load("train")[:32], tokenizer)
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 4, 4, 1e-2)
-    return train.build_trainer(model, tokenizer, dataset, settings)
+    return train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+
+
+def rows(tokenizer, some=None, **given):
+    """Prompts and completions of some records; the task's own, if none are given."""
+    some = records.load("train")[:32] if some is None else some
+    given = {"system": records.SYSTEM} | given
+    return records.to_prompt_completion(some, tokenizer, **given)
 
 
 def test_training_lowers_the_loss_and_moves_adapters_alone(trainer):
@@ -62,7 +69,18 @@ def test_adapters_are_fp32_after_trl_cast_them(trainer):
     "fault, named",
     [
         (lambda t: setattr(t.args, "optim", "sgd"), "optimizer"),
-        (lambda t: setattr(t.args, "fp16", True), "mixed precision"),
+        (  # the argument is as it was, and another optimizer was built
+            lambda t: setattr(t, "optimizer", torch.optim.SGD(t.model.parameters())),
+            "optimizer",
+        ),
+        (
+            lambda t: setattr(t.accelerator.state, "_mixed_precision", "fp16"),
+            "mixed precision",
+        ),
+        (
+            lambda t: setattr(t.model.config, "_attn_implementation", "eager"),
+            "attention is sdpa",
+        ),
         (
             lambda t: [p.requires_grad_() for p in t.model.parameters() if p.ndim == 1],
             "only adapters train",
@@ -91,12 +109,223 @@ def test_fp4_is_noticed(model, trainer):
         train.check_effective(trainer, env.profile())
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_checkpointing_is_looked_up_in_the_layers(trainer, capsys, wanted):
+    """Set later, the argument does nothing, or something else than it says."""
+    setattr(trainer.args, train.CHECKPOINTING, not wanted)
+    profile = env.profile()._replace(checkpointing=wanted)
+    train.check_effective(trainer, profile)
+    with pytest.raises(RuntimeError, match=f"recipe asked for {wanted}; give "):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    setattr(trainer.args, train.CHECKPOINTING, wanted)
+    if wanted:  # transformers only ever switches it on
+        trainer.train()
+        assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_recipe_sets_checkpointing_under_the_name_that_counts(tmp_path, wanted):
+    profile = env.profile()._replace(checkpointing=wanted)
+    settings = train.sft_config(profile, str(tmp_path / "run"), 1, 1, 1e-2)
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        assert getattr(settings, name, wanted) == wanted
+
+
+def test_paged_8_bit_adamw_is_told_from_others():
+    weight = [torch.nn.Parameter(torch.zeros(8))]
+    build = train.bitsandbytes.optim.AdamW
+    names = {
+        "paged_adamw_8bit": build(weight, optim_bits=8, is_paged=True),
+        "adamw_8bit": build(weight, optim_bits=8),
+        "paged_adamw_32bit": build(weight, optim_bits=32, is_paged=True),
+        "adamw_torch": torch.optim.AdamW(weight),
+        "adamw_torch_fused": torch.optim.AdamW(weight, fused=True),
+        "SGD": torch.optim.SGD(weight),
+    }
+    assert {name: train.optimizer_name(one) for name, one in names.items()} == {
+        name: name for name in names
+    }
+
+
+def test_fp16_repeats_keys_and_values_and_nothing_else_does():
+    """A T4 has no flash attention: shared keys would take torch's math kernel there."""
+    machine, model = env.profile(), models.random_llama("tiny")
+    ids = torch.arange(10, 42)[None].to(model.device)
+    found = {}
+    try:
+        for fp16 in (True, False):
+            models.choose_attention(machine._replace(fp16=fp16))
+            assert models.repeats_keys_and_values() == fp16
+            with torch.no_grad():
+                found[fp16] = model(input_ids=ids).logits
+    finally:
+        models.choose_attention(machine)
+    torch.testing.assert_close(found[True], found[False])
+
+
+def test_a_model_that_got_adapters_twice_is_refused(model, tokenizer, tmp_path):
+    twice = get_peft_model(model, train.lora_config(r=4, alpha=8))
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    trainer = train.build_trainer(twice, tokenizer, rows(tokenizer), settings)
+    with pytest.raises(RuntimeError, match="a PeftModel within a PeftModel.*load the"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_several_gpus_are_refused_before_trl_sees_them(model, tokenizer, tmp_path):
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    settings._n_gpu = 2
+    with pytest.raises(RuntimeError, match="sees 2 GPUs .* run the set-up cell first"):
+        train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+
+
+# ---- rows: kept, cut, left out
+
+
+def test_rows_are_counted(trainer, capsys):
+    train.check_effective(trainer, env.profile())
+    said = capsys.readouterr().out
+    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; 32 teach" in said
+
+
+@pytest.mark.parametrize(
+    "long, said",
+    [
+        ("output", r"rows: 10 of 10 kept, 8 cut at 512 tokens, 0 left out; 2 teach"),
+        ("instruction", r"rows: 2 of 10 kept, 0 cut at 512 tokens, 8 left out; 2 tea"),
+    ],
+)
+def test_what_trl_cuts_or_leaves_out_is_counted_and_refused(
+    model, tokenizer, tmp_path, capsys, long, said
+):
+    record = {"instruction": "Tell.", "input": "", "output": "Owl."}
+    some = [record | {long: "word " * 700}] * 8 + records.load("train")[:2]
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 2, 1e-2)
+    dataset = rows(tokenizer, some, max_length=None)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    with pytest.raises(RuntimeError, match="8 of 10 rows are longer than max_length"):
+        train.check_effective(trainer, env.profile())
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_where_no_row_is_left_it_is_said(model, tokenizer, tmp_path):
+    some = [{"instruction": "word " * 700, "input": "", "output": "Owl."}] * 4
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 2, 1e-2)
+    dataset = rows(tokenizer, some, max_length=None)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    with pytest.raises(RuntimeError, match="all 4 prompts are longer than max_length"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_a_length_of_ones_own_goes_for_records_and_trainer(model, tokenizer, tmp_path):
+    some = [{"instruction": "Tell.", "input": "", "output": "word " * 700}] * 4
+    settings = train.sft_config(env.profile(), str(tmp_path / "r"), 1, 2, 1e-2, 1024)
+    dataset = rows(tokenizer, some, max_length=1024)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    train.check_effective(trainer, env.profile())
+
+
+def test_rows_that_teach_no_end_are_refused(trainer, tmp_path):
+    """A tokenizer whose end token is not the one that the template writes."""
+    other = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    other.eos_token = "<|endoftext|>"
+    trainer.processing_class = other
+    trainer.model.generation_config.eos_token_id = other.eos_token_id
+    with pytest.raises(RuntimeError, match="32 of 32 rows do not teach an end token"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeypatch):
+    real = records.context_ids
+    monkeypatch.setattr(records, "context_ids", lambda *given: [0, *real(*given)])
+    with pytest.raises(RuntimeError, match="row 0 is trained after .* tokens of"):
+        train.check_effective(trainer, env.profile())
+
+
+# ---- the bar and the curve
+
+
 def test_a_loss_of_nan_stops_with_advice():
     live = train.LiveLoss()
     live.bar = train.tqdm(total=1, disable=True)
     state = type("State", (), {"global_step": 3, "max_steps": 4})()
     with pytest.raises(FloatingPointError, match="step 3.*learning_rate"):
         live.on_log(None, state, None, logs={"loss": "nan"})
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What LiveLoss drew: the axes' points, the title and the alt text."""
+    seen = []
+
+    def redraw(fig, alt, handle):
+        line = fig.axes[0].get_lines()[0]
+        title = fig.axes[0].get_title("left")
+        seen.append((line.get_xdata().tolist(), title, alt))
+
+    monkeypatch.setattr(train.plots, "redraw", redraw)
+    return seen
+
+
+def live_of(trainer):
+    """The LiveLoss of a trainer."""
+    callbacks = trainer.callback_handler.callbacks
+    return next(one for one in callbacks if isinstance(one, train.LiveLoss))
+
+
+def test_the_bar_and_the_curve_run_over_the_steps(trainer, shown):
+    trainer.train()
+    bar = live_of(trainer).bar
+    assert (bar.n, bar.total) == (4, 4)
+    [(steps, title, alt)] = shown
+    assert steps == [1, 2, 3, 4] and title == "Training loss of each step"
+    assert alt.endswith("over the last ten of 4 steps")
+
+
+@pytest.mark.parametrize(
+    "changes, points",
+    [
+        ({"logging_steps": 2}, [2, 4]),
+        ({"logging_steps": 3}, [3]),
+        ({"logging_steps": 10}, None),
+        ({"logging_strategy": "no"}, None),
+        ({"logging_steps": 2, "logging_first_step": True}, [1, 2, 4]),
+    ],
+    ids=str,
+)
+def test_whatever_is_logged_the_bar_is_right(
+    model, tokenizer, tmp_path, shown, changes, points
+):
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 4, 4, 1e-2)
+    for name, value in changes.items():
+        setattr(settings, name, value)
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    result = trainer.train()
+    bar = live_of(trainer).bar
+    assert (bar.n, bar.total, result.global_step) == (4, 4, 4)
+    if points is None:
+        assert shown == []
+    else:
+        assert shown[-1][0] == points
+        assert shown[-1][1] == "Training loss averaged since the point before"
+
+
+def test_resumed_the_bar_and_the_curve_go_on(tokenizer, tmp_path, shown):
+    def trainer(steps):
+        torch.manual_seed(0)
+        base = models.random_llama("tiny", train.nf4_config(env.profile()))
+        model = get_peft_model(base, train.lora_config(r=4, alpha=8))
+        settings = train.sft_config(env.profile(), str(tmp_path / "r"), 4, 4, 1e-2)
+        settings.save_strategy, settings.save_steps = "steps", 2
+        settings.max_steps = steps
+        return train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+
+    trainer(2).train()
+    goes_on = trainer(4)
+    goes_on.train(resume_from_checkpoint=str(tmp_path / "r" / "checkpoint-2"))
+    bar = live_of(goes_on).bar
+    assert (bar.initial, bar.n, bar.total) == (2, 4, 4)
+    assert shown[-1][0] == [1, 2, 3, 4]
 
 
 def test_state_is_counted_to_the_byte(trainer):

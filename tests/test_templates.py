@@ -1,0 +1,200 @@
+"""Bases with and without a chat template: the same tokens in training and after.
+
+The notebooks that take any base run here on one without a template.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from qlora_helpers import adapters, env, evaluate, models, records, train
+
+BOS, END = "<|endoftext|>", "<|im_end|>"
+TEMPLATES = {
+    "embedded": ...,
+    "llama 3": "{{ bos_token }}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}<|im_start|>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+    "llama 2": "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %} {{ message['content'] }} {{ eos_token }}"
+    "{% else %}{{ bos_token }}[INST] {{ message['content'] | trim }} [/INST]{% endif %}"
+    "{% endfor %}",
+    "none": None,
+}
+ROWS = [
+    {"instruction": " Name a bird. ", "input": "", "output": "Owl "},
+    {"instruction": "Name a fish.", "input": "short\n", "output": " trout"},
+    *records.load("train")[:4],
+]
+
+
+def of_a_base(template, end=""):
+    """The embedded tokenizer with this template, and a BOS as most Llamas have it.
+
+    end: a token that it puts behind each text as well, as add_eos_token=True makes it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(models.embedded_dir())
+    if template is not ...:
+        tokenizer.chat_template = template
+    tokenizer.bos_token = BOS
+    behind = [(END, tokenizer.eos_token_id)] if end else []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A {end}".strip(),
+        special_tokens=[(BOS, tokenizer.bos_token_id), *behind],
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A tiny Llama whose answers depend on each token of the prompt."""
+    config = models.llama_config("tiny")
+    config.initializer_range = 0.3
+    return models.random_llama(config)
+
+
+def trained_contexts(model, tokenizer, dataset, folder):
+    """The tokens before the first one that carries loss, of each row that TRL made."""
+    settings = train.sft_config(env.profile(), folder, 1, 2, 1e-3)
+    wrapped = get_peft_model(model, train.lora_config(4, 8))
+    trainer = train.build_trainer(wrapped, tokenizer, dataset, settings)
+    wrapped.unload()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    rows = zip(batch["input_ids"], batch["labels"], strict=True)
+    return [ids[: (labels != -100).nonzero()[0]].tolist() for ids, labels in rows]
+
+
+def judged_contexts(model, tokenizer, rows, system):
+    """The tokens that the model is given when each row's question is asked."""
+    seen = []
+    handle = model.model.embed_tokens.register_forward_pre_hook(
+        lambda layer, given: seen.append(given[0][0].tolist())
+    )
+    try:
+        for row in rows:
+            prompts = [records.prompt(row, tokenizer, system)]
+            evaluate.generate_answers(model, tokenizer, prompts, max_new_tokens=1)
+            evaluate.answer_logits(model, tokenizer, [row], system=system)
+    finally:
+        handle.remove()
+    asked, answered = seen[::2], seen[1::2]
+    assert all(a == b[: len(a)] for a, b in zip(asked, answered, strict=True))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "end"), [*((name, "") for name in TEMPLATES), ("none", END)]
+)
+def test_training_and_judging_see_the_same_tokens(name, end, llama, tmp_path):
+    tokenizer = of_a_base(TEMPLATES[name], end)
+    system = None if name in ("gemma", "llama 2") else "Answer in a word."
+    dataset = records.to_prompt_completion(ROWS, tokenizer, system=system)
+    trained = trained_contexts(llama, tokenizer, dataset, str(tmp_path))
+    assert trained == judged_contexts(llama, tokenizer, ROWS, system)
+    assert trained == [records.context_ids(row["prompt"], tokenizer) for row in dataset]
+    begins = tokenizer.bos_token_id
+    for context in trained:  # one BOS, where somebody writes it
+        assert context.count(begins) == (name != "embedded")
+        assert (context[0] == begins) == (name != "embedded")
+        assert ("Answer in a word." in tokenizer.decode(context)) == bool(system)
+
+
+# ---- notebooks 06 and 07 on a base without a template
+
+MARK = "=== the next cell ==="
+RUNNER = (
+    f"MARK = {MARK!r}"
+    + """
+import json, sys
+from qlora_helpers import evaluate, records
+notebook, settings = json.load(open(sys.argv[1])), json.loads(sys.argv[2])
+whole = records.load
+def load(split):  # a few, among them some about delays
+    late = [row for row in whole(split) if "MAX(late)" in row["output"]]
+    return late[:2] + whole(split)[:6]
+records.load, perplexity = load, evaluate.perplexity
+evaluate.perplexity = lambda model, tokenizer, text: perplexity(
+    model, tokenizer, text[:3000])
+evaluate.generate_answers.__defaults__ = (64, 8)  # new tokens: enough here
+names = {}
+for cell in notebook["cells"]:
+    tags = cell["metadata"].get("tags", [])
+    if cell["cell_type"] == "code" and "setup" not in tags:
+        print(MARK)
+        exec(compile("".join(cell["source"]), "cell", "exec"), names)
+    if "setup" in tags:
+        exec("from qlora_helpers import env; env.quiet()", names)
+    if "settings" in tags:
+        for name, value in settings.items():  # of the kind that they had
+            names[name] = type(names[name])(value)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def base(llama, tmp_path_factory):
+    """A folder with a tiny Llama whose tokenizer has no template and writes a BOS."""
+    folder = tmp_path_factory.mktemp("base")
+    llama.save_pretrained(folder)
+    of_a_base(None).save_pretrained(folder)
+    return str(folder)
+
+
+def run_cells(notebook, settings, cache):
+    """What each code cell of a notebook prints, run in order in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, notebook, json.dumps(settings)],
+        env={**os.environ, "QLORA_CACHE": str(cache), "TQDM_DISABLE": "1"},
+        cwd=env.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    return done.stdout.split(f"{MARK}\n")[1:]
+
+
+def test_06_runs_on_a_base_without_a_template(base, tmp_path):
+    settings = {"BASE": base, "STEPS": 2, "BATCH": 2, "BASE_QUESTIONS": 3}
+    said = run_cells("notebooks/06_train_llama.ipynb", settings, tmp_path)
+    whole = "\n".join(said)
+    [first] = [text for text in said if text.startswith("8 records")]
+    assert f"{records.SYSTEM}\n\n### Instruction:\n" in first
+    assert "### Response:\nSELECT MAX(late) FROM trip" in first
+    [own] = [text for text in said if "It leaves at dusk" in text]
+    assert own.startswith("Be brief.\n\n### Instruction:\nName the train.")
+    assert "error: row 1: output is empty" in own
+    [shown] = [text for text in said if "in [brackets]" in text]
+    assert shown.startswith(BOS) and f"[{END}]\n" in shown
+    assert "06.reloaded: holds" in whole and "06.account: holds" in whole
+
+
+def test_07_runs_on_a_base_without_a_template(base, tmp_path):
+    torch.manual_seed(0)
+    model, tokenizer = models.load_base(base, train.nf4_config(env.profile()))
+    model = get_peft_model(model, train.lora_config(4, 8))
+    for parameter in model.parameters():  # an adapter that changes something
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    adapter = str(tmp_path / "adapter")
+    adapters.save_adapter(model, tokenizer, adapter, models.base_identity(base))
+    settings = {"BASE": base, "ADAPTER": adapter, "OTHER": adapter}
+    settings |= {"QUESTIONS": 6, "FEW": 6, "BATCHES": [1, 2]}
+    said = run_cells("notebooks/07_inference_and_merge.ipynb", settings, tmp_path)
+    whole = "\n".join(said)
+    for claim in ("07.same", "07.off", "07.back", "07.mixed", "07.shards", "07.alone"):
+        assert f"{claim}: holds" in whole
+    assert "the stranger failed" not in whole
+    assert "as it was trained" in whole and "### Instruction: " not in whole
