@@ -48,7 +48,7 @@ def main(column: str) -> None:
         )
         accuracy[f"{test}_percent"] = [round(100 * value, 1) for value in judged[:3]]
     place = env.ROOT / "data" / FOLDER[column]
-    (place / "training.json").unlink(missing_ok=True)  # written below, anew
+    (place / "training.json").unlink(missing_ok=True)  # written again below
     saved = adapters.save_adapter(
         model,
         None,  # the base's tokenizer, unchanged

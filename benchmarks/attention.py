@@ -1,12 +1,12 @@
-"""Measure what a training run takes on a card without flash attention, as a T4 is.
+"""Measure what a training run takes on a card without flash attention, such as a T4.
 
     python benchmarks/attention.py [SHAPE]
 
-Writes data/measured/attention.json on an NVIDIA GPU, in fp16: the peak and the speed of
-the 8B with torch's flash and cuDNN attention switched on (as on a new card) and off (as
-on a T4), with keys and values that heads share, or repeated, without and with padding;
-then the longest row under what 15 GiB leave beside CUDA, by bisection. It proves what
-fits, not a T4's speed.
+Writes data/measured/attention.json on an NVIDIA GPU, in fp16. It holds the peak and the
+speed of the 8B with torch's flash and cuDNN attention turned on (as on a new card) and
+off (as on a T4), with shared or repeated keys and values, and with and without padding.
+It also holds the longest row that fits into 15 GiB less what CUDA takes, found by
+bisection. The measurement proves what fits on a T4, but not its speed.
 """
 
 import json
@@ -25,8 +25,8 @@ from transformers.integrations import sdpa_attention
 from qlora_helpers import embedded, env, fit, memory, models, recorded, train
 from qlora_helpers.plan import Extras
 
-STEPS = 8  # the first ones find kernels and make the optimizer's states
-# (rows, tokens, whether no two rows have one length, so that each batch is padded)
+STEPS = 8  # the first ones search for kernels and make the optimizer's states
+# (rows, tokens, padded); padded: no two rows have the same length
 SIZES = [
     (1, 2048, False),
     (1, 4096, False),
@@ -46,7 +46,7 @@ WAYS = {
 
 
 def attend(way: str) -> None:
-    """Take the kernels and the keys and values of one of WAYS, in this process."""
+    """Let this process use the kernels and the keys and values of one of WAYS."""
     newer, repeated = WAYS[way]
     torch.backends.cuda.enable_flash_sdp(newer)
     torch.backends.cuda.enable_cudnn_sdp(newer)
@@ -55,14 +55,14 @@ def attend(way: str) -> None:
 
 
 def run_of(shape: str, rows: int, tokens: int) -> dict:
-    """A run as memory_grid.py knows it: QLoRA, every layer checkpointed."""
+    """A run as memory_grid.py describes it: QLoRA, every layer checkpointed."""
     return {
         "shape": shape, "method": "qlora", "length": tokens, "rows": rows, "every": 1,
     }  # fmt: skip
 
 
 def train_rows(model, run, machine, padded, steps) -> dict:
-    """Train some steps over rows of random tokens: the peak and the speed."""
+    """Train some steps on rows of random tokens; return the peak and the speed."""
     settings = configs(run, machine)[3]
     settings.max_steps = steps
     settings.output_dir = str(env.cache_dir() / "benchmark_attention")
@@ -88,7 +88,7 @@ def train_rows(model, run, machine, padded, steps) -> dict:
 
 
 def measure(shape: str) -> None:
-    """Train each size in each way; print a row after each."""
+    """Train each size in each way, and print a row after each run."""
     env.quiet()
     machine = env.profile()
     model = make(run_of(shape, 1, 512), machine)
@@ -102,7 +102,7 @@ def measure(shape: str) -> None:
             row = {"what": "peak", "shape": shape, "rows": rows, "tokens": tokens}
             row |= {"padded": padded, "way": way}
             if newer or repeated:  # the scores of math attention are not predicted
-                # transformers repeats by itself where a mask hides padding
+                # transformers repeats by itself if a mask hides padding
                 extras = Extras(repeat_kv=repeated or padded)
                 predicted = memory.predict(*settings_of, extras).peak
                 row["predicted_gib"] = round(predicted / env.GIB, 4)
@@ -143,12 +143,12 @@ def main(shape: str) -> None:
         print(line, end="", flush=True)
         row = json.loads(line)
         if row["what"] == "longest":
-            longest[row["way"]] = row  # the last try of each way counts
+            longest[row["way"]] = row  # only the last try of each way counts
         else:
             rows.append(row)
         recorded.write("attention", recorded.facts(), [*rows, *longest.values()])
     if done.wait():
-        sys.exit("the measurement broke off")
+        sys.exit("the measurement stopped early: read the error above and run it again")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Adapters on disk: saved whole, and loaded onto their own base alone."""
+"""Adapters on disk: saved whole, and loaded only onto their own base."""
 
 import json
 import os
@@ -6,42 +6,49 @@ import warnings
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from . import card, folders
+from .models import open_weights, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-NOTE = "base.json"  # what the adapter was trained on
+NOTE = "base.json"  # says what the adapter was trained on
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
-QUANTIZED = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")  # what the base was
-ROWS = ("embed_tokens.weight", "lm_head.weight")  # a row for each token
+# of a base's BitsAndBytesConfig: must be equal
+QUANTIZED = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+)
+ROWS = ("embed_tokens.weight", "lm_head.weight")  # they have a row for each token
 
 
 def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
-    """Save the adapter that is switched on, with its tokenizer, card and base.
+    """Save the active adapter with its tokenizer, its card and a note on its base.
 
-    `base` is `models.base_identity(name)`; peft alone would store a path of this
-    machine. (Where the base is no Hub id, peft's AutoPeftModelForCausalLM cannot open
-    the folder: load the base, then `load_adapter`.) `tokenizer` may be None where the
-    base's is meant. `dtype` is what the adapter is stored in (left out: as it is). A
-    folder that was saved before is replaced as a whole: there is never half of one.
+    `base` is `models.base_identity(name)`; PEFT by itself would store a path of this
+    machine. (If the base is not a Hub id, PEFT's AutoPeftModelForCausalLM cannot open
+    the folder: load the base, then call `load_adapter`.) `tokenizer` may be None if it
+    is the base's. `dtype` is the dtype to store the adapter in; by default its own. An
+    adapter that was saved there before is replaced as a whole, never in part.
 
     Raises FileExistsError or PermissionError for a folder that holds anything else,
-    and ValueError where one adapter is not all that must be saved: several are switched
-    on, or rows of added tokens would be lost.
+    and ValueError if saving one adapter would lose something: several adapters are
+    active, or the adapter does not hold the rows of added tokens.
     """
     name = _adapter_of(model)
+    _check_identity(base)
     quantization = getattr(model.config, "quantization_config", None)
     facts = dict(base, quantization=quantization and quantization.to_diff_dict())
     with folders.written_whole(folder, NOTE, facts, {}) as made:
-        # no look-up of the base's vocabulary on the Hub: `_check_rows` does better
+        # PEFT would look up the base's vocabulary on the Hub; `_check_rows` does better
         model.save_pretrained(
             made, selected_adapters=[name], save_embedding_layers=False
         )
-        if name != "default":  # peft gives it a folder of its own
+        if name != "default":  # PEFT gives it a folder of its own
             for file in (made / name).iterdir():
                 file.replace(made / file.name)
             (made / name).rmdir()
@@ -57,7 +64,7 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
         config["revision"] = base["revision"]
         text = json.dumps(config, indent=2, sort_keys=True)
         (made / CONFIG).write_text(text + "\n", encoding="utf-8")
-        (made / card.CARD).unlink()  # peft's, with nothing filled in
+        (made / card.CARD).unlink()  # PEFT's card, with nothing filled in
         card.write_adapter_card(made, base)
     return Path(folder).expanduser()
 
@@ -65,25 +72,27 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
 def load_adapter(
     model, folder, base: dict, name: str = "default", trainable: bool = False
 ) -> PeftModel:
-    """The model with the adapter of a folder that `save_adapter` wrote.
+    """Return the model with the adapter of a folder that `save_adapter` wrote.
 
-    `base` is `models.base_identity` of the model's base. A model that has adapters
-    already gets this one beside them, as `name`; it is not switched on. `trainable`:
-    to train it further; otherwise it is frozen.
+    `base` is `models.base_identity` of the model's base. If the model already has
+    adapters, this one is added as `name` and is not made active. `trainable`: True to
+    train it further; otherwise it is frozen.
 
-    Raises FileNotFoundError or ValueError, in a sentence, for a folder that is none, is
-    damaged or holds a pickle, and for an adapter of another base: peft would load it
-    without a word, and it would answer nonsense.
+    Raises FileNotFoundError or ValueError, in a sentence, for a folder that holds no
+    adapter, is damaged or holds a pickle, and for an adapter of another base: PEFT
+    would load it without a warning, and it would answer nonsense.
     """
     folder = Path(folder).expanduser()
+    if "." in name or not name:
+        raise ValueError(f"name is {name!r}: an adapter's name must have no dot")
     quantization = getattr(model.config, "quantization_config", None)
     saved = check_adapter(folder, base, quantization)
     _fit_rows(model, folder)
     if isinstance(model, PeftModel):
-        if name in model.peft_config:  # peft would keep the older one's alpha
+        if name in model.peft_config:  # PEFT would keep the older adapter's alpha
             raise ValueError(
-                f"the model has an adapter {name!r} already: give this one another "
-                f"name, or remove that one with model.delete_adapter({name!r})"
+                f"the model already has an adapter {name!r}: give the new one another "
+                f"name, or remove the old one with model.delete_adapter({name!r})"
             )
         model.load_adapter(folder, name, is_trainable=trainable)
     else:
@@ -93,35 +102,56 @@ def load_adapter(
     wanted = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
     )
-    if set(wanted) != saved:
-        raise ValueError(
-            f"{folder / WEIGHTS} holds {len(saved & set(wanted))} of the "
-            f"{len(wanted)} tensors that {CONFIG} asks for: it was saved or copied in "
-            "part; save it again"
-        )
+    check_whole(folder, saved, set(wanted))
     return model
 
 
+def check_whole(folder, saved: set[str], wanted: set[str]) -> None:
+    """Raise ValueError unless an adapter holds the tensors that its config asks for.
+
+    saved, wanted: their names, as PEFT writes them.
+    """
+    if more := sorted(saved - wanted):
+        raise ValueError(
+            f"{Path(folder) / WEIGHTS} also holds {more[0]}, which {CONFIG} does not "
+            "ask for: save the adapter again without it"
+        )
+    if saved != wanted:
+        raise ValueError(
+            f"{Path(folder) / WEIGHTS} holds {len(saved)} of the {len(wanted)} tensors "
+            f"that {CONFIG} asks for: the adapter was saved or copied in part; save it "
+            "again"
+        )
+
+
 def adopt(folder, base: dict, quantization=None) -> None:
-    """Say what an adapter that `save_adapter` did not write was trained on.
+    """State what an adapter that `save_adapter` did not write was trained on.
 
-    It writes base.json beside the adapter of PEFT, TRL, Unsloth or LLaMA-Factory, and
-    from then on the folder loads and merges like one of our own. `base` is
+    This writes base.json beside an adapter of PEFT, TRL, Unsloth or LLaMA-Factory. From
+    then on the folder loads and merges like one that `save_adapter` wrote. `base` is
     `models.base_identity(name)`. `quantization` is the BitsAndBytesConfig that it was
-    trained with, None for a base in 16 bits. Nothing can prove either: it is your word.
+    trained with, or None for a base in 16 bits. Nothing can check what you state.
 
-    Raises FileExistsError for an adapter that has its base.json, and what
+    Raises FileExistsError for an adapter that already has its base.json, and what
     `check_adapter` raises for a folder that holds no adapter.
     """
     folder = Path(folder).expanduser()
-    if (folder / NOTE).exists():
-        raise FileExistsError(f"{folder} has its {NOTE} already: nothing to adopt")
-    _names(folder)
+    _check_identity(base)
+    if quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
+        raise TypeError(
+            f"quantization is a {type(quantization).__name__}: expected the "
+            "BitsAndBytesConfig that the adapter was trained with, or None"
+        )
+    if (folder / NOTE).exists() and base_of(folder).get("tensors_sha256"):
+        raise FileExistsError(
+            f"{folder} already has its {NOTE}: load it with load_adapter"
+        )
+    tensor_names(folder)
     named = _config(folder).get("base_model_name_or_path")
-    if base["name"] not in (named, Path(named or "").name):  # it can be a path
+    if base["name"] not in (named, Path(named or "").name):  # `named` can be a path
         warnings.warn(
-            f"the adapter in {folder} names {named!r} as its base, and is adopted for "
-            f"{base['name']!r}: only its author knows whether the weights are the same",
+            f"the adapter in {folder} names {named!r} as its base but is adopted for "
+            f"{base['name']!r}: make sure that both have the same weights",
             stacklevel=2,
         )
     facts = dict(base, quantization=quantization and quantization.to_diff_dict())
@@ -134,99 +164,120 @@ def adopt(folder, base: dict, quantization=None) -> None:
 def base_of(folder) -> dict:
     """What an adapter was trained on: name, revision, tensors_sha256, quantization.
 
-    Raises FileNotFoundError where there is no adapter, ValueError where it is not known
-    what it was trained on.
+    Raises FileNotFoundError if there is no adapter, and ValueError if the folder does
+    not say what it was trained on.
     """
     folder = Path(folder).expanduser()
     facts = folder / NOTE
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(
-            f"{folder} holds no adapter: {CONFIG} is not there; expected a folder of "
-            "save_adapter"
+            f"{folder} holds no {CONFIG}, so it is not an adapter: give a folder that "
+            "save_adapter wrote"
         )
     if not facts.exists():
         named = _config(folder).get("base_model_name_or_path")
         raise ValueError(
-            f"the adapter in {folder} was not saved by save_adapter ({NOTE} is not "
-            f"there); its config names {named!r} as its base: if that is right, say "
-            f"so once with adapters.adopt({str(folder)!r}, "
+            f"the adapter in {folder} was not saved by save_adapter (it has no {NOTE}) "
+            f"and its config names {named!r} as its base: if that is right, state it "
+            f"once with adapters.adopt({str(folder)!r}, "
             f"models.base_identity({named!r}), quantization), where quantization is "
             "the BitsAndBytesConfig that it was trained with, or None"
         )
-    try:
-        return json.loads(facts.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{facts} is damaged ({error}): copy it again") from None
+    return read_json(facts, "name")
 
 
 def check_adapter(folder, base: dict, quantization=None) -> set[str]:
-    """The names of an adapter's tensors, once all is there and the base is its own.
+    """Check that an adapter is complete and fits `base`; return its tensors' names.
 
-    It needs no model, so that it can be asked before one is loaded. `quantization` is
-    the BitsAndBytesConfig of the model; None, for one that is not quantized, passes:
-    into such a model adapters are merged.
+    The check needs no model, so it can run before one is loaded. `quantization` is the
+    BitsAndBytesConfig of the model. None, for a model that is not quantized, always
+    passes, because adapters are merged into such a model.
 
-    Raises what `load_adapter` raises; nothing but safetensors is ever opened.
+    Raises what `load_adapter` raises. No weights but safetensors are ever opened.
     """
     folder = Path(folder).expanduser()
+    _check_identity(base)
     trained_on = base_of(folder)
-    names = _names(folder)
+    names = tensor_names(folder)
     keys = ("tensors_sha256",)
-    if not all(facts.get("tensors_sha256") for facts in (trained_on, base)):
-        keys = ("name", "revision")  # saved by an older version of this package
+    if not trained_on.get("tensors_sha256"):  # of an older version of this package
+        keys = ("name", "revision")
+        if trained_on.get("revision") is None:
+            raise ValueError(
+                f"the {NOTE} in {folder} does not prove which base it is: if "
+                f"{trained_on['name']!r} is {base['name']!r}, say so once with adopt()"
+            )
     for key in keys:
         there, here = trained_on.get(key), base.get(key)
         if there is None or there != here:
             known = f"{trained_on.get('name')!r}, revision {trained_on.get('revision')}"
             raise ValueError(
                 f"the adapter in {folder} was trained on another base: {key} is "
-                f"{there!r} there and {here!r} here: load {known}"
+                f"{there!r} in its {NOTE} and {here!r} in the given base: load {known}"
             )
     trained_in = trained_on.get("quantization")
-    for key in QUANTIZED if quantization is not None and trained_in else ():
-        here = getattr(quantization, key, None)
-        if trained_in.get(key) != here:
+    if quantization is None or not trained_in:
+        return names
+    there = BitsAndBytesConfig(**trained_in)  # with the defaults, which were left out
+    for key in QUANTIZED:
+        if getattr(there, key) != getattr(quantization, key, None):
             raise ValueError(
                 f"the adapter in {folder} was trained with {key}="
-                f"{trained_in.get(key)!r}, and this model has {here!r}: load the base "
-                "with train.nf4_config(env.profile())"
+                f"{getattr(there, key)!r}, but this model has "
+                f"{getattr(quantization, key, None)!r}: load the base in the way in "
+                f"which it was trained, which {NOTE} says"
             )
     return names
 
 
 def token_rows(folder) -> int:
-    """The rows that an adapter's own tokenizer needs: 0 where it brings none."""
+    """The rows that an adapter's own tokenizer needs; 0 if it brings no tokenizer."""
     if not (Path(folder) / "tokenizer_config.json").exists():
         return 0
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the tokenizer in {folder} is damaged ({type(error).__name__}): copy its "
+            "files again"
+        ) from None
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def _adapter_of(model) -> str:
-    """The name of the one adapter that is switched on."""
+    """The name of the active adapter. Raises ValueError unless there is exactly one."""
     if not isinstance(model, PeftModel):
         raise ValueError(
-            f"the model is a {type(model).__name__} without an adapter: expected a "
-            "model of get_peft_model or load_adapter"
+            f"the model is a {type(model).__name__} without an adapter: give a model "
+            "that get_peft_model or load_adapter returned"
         )
     names = model.active_adapters
     if len(names) != 1:
         raise ValueError(
-            f"the adapters {names} are switched on, and one folder holds one adapter: "
-            "switch on the one to save with model.set_adapter(name)"
+            f"the adapters {names} are active, but one folder holds one adapter: make "
+            "the one to save active with model.set_adapter(name)"
         )
     return names[0]
 
 
+def _check_identity(base) -> None:
+    """Raise TypeError unless `base` is a dict of `models.base_identity`."""
+    if not isinstance(base, dict) or "name" not in base:
+        raise TypeError(
+            f"base is {base!r}: expected models.base_identity(...) of the base"
+        )
+
+
 def _config(folder: Path) -> dict:
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return read_json(folder / CONFIG, "peft_type")
 
 
-def _names(folder: Path) -> set[str]:
+def tensor_names(folder: Path) -> set[str]:
     """The names of the tensors in an adapter's folder, from the header of its file."""
     weights = folder / WEIGHTS
     if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder} lacks {CONFIG}: copy it again")
+        raise FileNotFoundError(f"{folder} lacks {CONFIG}: copy the adapter again")
+    _config(folder)
     if not weights.exists():
         pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
         if pickles:
@@ -234,20 +285,15 @@ def _names(folder: Path) -> set[str]:
                 f"{folder / pickles[0]} is a pickle, and loading one can run any code: "
                 f"it is not opened; ask its author for {WEIGHTS}"
             )
-        raise FileNotFoundError(f"{folder} lacks {WEIGHTS}: copy it again")
-    try:
-        with safe_open(weights, "pt") as opened:
-            return set(opened.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} is damaged or cut short ({error}): copy it again"
-        ) from None
+        raise FileNotFoundError(f"{folder} lacks {WEIGHTS}: copy the adapter again")
+    with open_weights(weights) as opened:
+        return set(opened.keys())
 
 
 def _saved_rows(folder: Path) -> int:
-    """The rows for tokens that an adapter holds, in and out; 0 where it holds none."""
+    """The rows for tokens that an adapter holds, both in and out; 0 if it has none."""
     found = dict.fromkeys(ROWS, 0)
-    with safe_open(folder / WEIGHTS, "pt") as opened:
+    with open_weights(folder / WEIGHTS) as opened:
         for name in opened.keys():  # noqa: SIM118 (no dict)
             for row in ROWS:
                 if name.endswith(f".{row}"):
@@ -256,19 +302,19 @@ def _saved_rows(folder: Path) -> int:
 
 
 def _check_rows(folder: Path, of_base: int, of_model: int) -> None:
-    """Raise ValueError where rows of added tokens are not in the adapter's own file."""
+    """Raise ValueError if the adapter's file lacks the rows of added tokens."""
     needed = max(token_rows(folder), of_model if of_model > of_base else 0)
     if needed > of_base and _saved_rows(folder) < needed:
         raise ValueError(
-            f"the base has rows for {of_base:,} tokens and {needed:,} are needed: the "
-            "rows of the added tokens are not part of this adapter and would be lost; "
+            f"the base has rows for {of_base:,} tokens, but {needed:,} are needed: the "
+            "adapter does not hold the rows of the added tokens, which would be lost; "
             "train without added tokens, or with LoraConfig(modules_to_save="
             "['embed_tokens', 'lm_head'])"
         )
 
 
 def _fit_rows(model, folder: Path) -> None:
-    """Give a fresh base the rows that the adapter brings, or raise ValueError."""
+    """Resize a fresh base to the rows that the adapter brings, or raise ValueError."""
     have = model.get_input_embeddings().weight.shape[0]
     rows = _saved_rows(folder)
     if rows and rows != have and not isinstance(model, PeftModel):

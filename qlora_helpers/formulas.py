@@ -112,7 +112,7 @@ def layer_bytes(plan: Plan) -> int:
     shapes = projections(config)
     h, f = config.hidden_size, config.intermediate_size
     q, kv = shapes["q_proj"][0], shapes["k_proj"][0]
-    if plan.repeat_kv and config.num_key_value_heads > 1:  # one head is only viewed
+    if plan.repeat_kv and config.num_key_value_heads > 1:  # a single head is not copied
         kv = q
     token = 2 * (4 * h + 4)  # what goes into the two norms, in fp32; 1 / rms
     token += c * (2 * q + 2 * kv) + 4 * config.num_attention_heads  # attention

@@ -20,7 +20,7 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     PermissionError where there is no token or the Hub does not let it write. The Hub
     hears nothing before the folder is in order.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(
             f"{folder} holds no *.safetensors: expected a merged model or an adapter; "
@@ -31,13 +31,13 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     if pickles:
         raise ValueError(
             f"{sorted(pickles)[0]} is a pickle, and loading one can run any code: "
-            "expected weights only in *.safetensors; move it out of the folder"
+            "expected weights only in *.safetensors; move the file out of the folder"
         )
     if not (folder / "README.md").is_file():
         raise ValueError(
             f"{folder} has no README.md: expected a card that says what the model is, "
-            "its base and its licence; write one, for example with card.write_card or "
-            "card.write_adapter_card"
+            "its base and its licence; write a card, for example with card.write_card "
+            "or card.write_adapter_card"
         )
     token = get_token()
     if token is None:

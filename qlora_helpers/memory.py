@@ -18,7 +18,7 @@ from .plan import Extras, read
 # cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
 # which data/measured/memory_grid.json agrees; other cards' are smaller.
 WORKSPACES = 2 * 32 * 2**20
-LARGEST_GIB = 1000  # no GPU has so much; 8192 would be MB
+LARGEST_GIB = 1000  # no GPU has as much; a number like 8192 is in MB
 
 
 class Prediction(NamedTuple):
@@ -61,8 +61,8 @@ def predict(
     `max_length` tokens, no padding, loss on each.
 
     On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
-    that is not the first. Raises TypeError and ValueError, each naming the setting, for
-    what it does not count: plan.COUNTED and plan.HARMLESS list what may be set.
+    after the first. Raises TypeError or ValueError, naming the setting, for a setting
+    that is not counted: plan.COUNTED and plan.HARMLESS list those that may be set.
     """
     plan = read(model_config, bnb_config, lora_config, sft_config, extras)
     weights = formulas.weight_bytes(plan)
@@ -172,20 +172,22 @@ def check_gib(name, gib) -> None:
     number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
     if not number or not 0 < gib < LARGEST_GIB:
         raise ValueError(
-            f"{name} is {gib!r}, expected the memory of one GPU in GiB, above 0 and "
-            f"below {LARGEST_GIB}: 15 for a T4"
+            f"{name} is {gib!r}, expected the memory of one GPU in GiB: give a number "
+            f"above 0 and below {LARGEST_GIB}, such as 15 for a T4"
         )
 
 
 def may_take() -> int:
     """Bytes that torch may still take on this GPU.
 
-    That is what the driver has free and what torch has reserved and does not use, but
-    no more than torch's own limit leaves (hold_to). Raises RuntimeError without a GPU.
+    That is the driver's free memory plus what torch has reserved but does not use, and
+    at most what torch's own limit (hold_to) leaves. Raises RuntimeError without a GPU.
     """
     device = env.profile().device
     if device.type != "cuda":
-        raise RuntimeError("there is no GPU here whose memory torch could take")
+        raise RuntimeError(
+            f"there is no GPU here, only {device.type!r}: call may_take on a GPU"
+        )
     used = torch.cuda.memory_allocated(device)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - used
@@ -299,18 +301,24 @@ class Ledger(TorchDispatchMode):
 
 
 def measure(trainer) -> dict[str, int]:
-    """Let a trainer train, and give the bytes that its run took, by kind.
+    """Let a trainer train, and return the bytes that its run took, by kind.
 
-    What it keeps from step to step as state_bytes has it; `peak`, the most that its
-    tensors held (on a GPU as torch's allocator counts, on a CPU as a Ledger does), and
-    `passing`, the part of it that is none of the kept kinds. On a GPU also `reserved`,
-    what torch took from the card.
+    The kinds that it keeps from step to step are those of state_bytes. `peak` is the
+    most that its tensors held: on a GPU as torch's allocator counts, less what was
+    there before and is not the trainer's model; on a CPU as a Ledger counts. `passing`
+    is the part of the peak that no kept kind holds. On a GPU, `reserved` is what torch
+    took from the card.
     """
     device = env.profile().device
     if device.type == "cuda":
+        up = formulas.rounding("cuda")
+        own = (t for p in trainer.model.parameters() for t in stored_tensors(p))
+        own = sum(up(tensor.nbytes) for tensor in own)
+        torch._C._cuda_clearCublasWorkspaces()  # an earlier run's would count as others
+        others = max(0, torch.cuda.memory_allocated(device) - own)  # another model's
         with peak() as found:
             trainer.train()
-        most = found["bytes"]
+        most = found["bytes"] - others
     else:
         ledger = Ledger()
         for parameter in trainer.model.parameters():

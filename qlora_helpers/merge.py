@@ -6,25 +6,25 @@ Notebook 07 writes out `lora_change` and `through_nf4`, and says which base to t
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from . import adapters, env, folders, memory, models
-from .embedded import MANIFEST
-from .models import base_folder
+from .models import base_folder, open_weights
 
 INTO = ("dequantized", "original")
 SHARD = 10**9  # bytes, of 16-bit weights
@@ -32,17 +32,17 @@ SHARD = 10**9  # bytes, of 16-bit weights
 # three fp32 copies in bitsandbytes' quantize_4bit on a CPU; or the change, and the sum.
 WORK = {"dequantized": 10, "original": 4}
 PREFIX = "base_model.model."  # what peft writes before a module's name
-NOTE = "merged.json"  # what was merged into what, in the folder of the merged model
-# The settings of a LoraConfig that a merge takes into account, and those that say only
-# where adapters sit or how they were trained. Any other that is set makes an adapter
-# more than B A added to linear weights, or is of a PEFT that is newer than this code.
+NOTE = "merged.json"  # in the merged model's folder: says what was merged into what
+# COUNTED: settings of a LoraConfig that a merge uses. ELSEWHERE: those that only say
+# where adapters sit or how they were trained. An adapter with any other setting is more
+# than B A added to linear weights, or comes from a PEFT that is newer than this code.
 COUNTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 ELSEWHERE = (
     "auto_mapping base_model_name_or_path eva_config exclude_modules inference_mode"
     " layers_pattern layers_to_transform lora_dropout megatron_core peft_type"
     " peft_version qalora_group_size revision runtime_config target_modules task_type"
 ).split()
-# How A and B start, where the base stays as it is; others subtract B A from it first.
+# Initializations of A and B that keep the base; others first subtract B A from it.
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -68,29 +68,31 @@ def merge_folder(
     shard_bytes: int = SHARD,
     revision: str | None = None,
 ) -> Path:
-    """Write base plus adapter as a 16-bit model; the folder `out`, made whole or not.
+    """Write base plus adapter as a 16-bit model to `out`: the whole folder or none.
 
     base: as load_base takes it. adapter: a folder of `adapters.save_adapter`. into:
     "dequantized", the NF4 weights that the adapter was trained on, in 16 bits, or
     "original", the base's own. Weights keep the dtype of the base's files. Held at
     once are one shard of `shard_bytes` and the work on one matrix: `work_bytes`.
-    revision: of a Hub id; left out, the commit that the adapter remembers.
+    revision: of a Hub id; by default the commit that the adapter's note names.
 
     Raises ValueError for an adapter that is more than B A, and what `check_adapter`
-    raises; FileExistsError where `out` is the base or the adapter, or holds anything
-    that was not written here.
+    raises. Raises FileExistsError if `out` is the base or the adapter, or holds
+    anything that this package did not write.
     """
     if into not in INTO:
         raise ValueError(f"into={into!r}: expected one of {', '.join(INTO)}")
     adapter = Path(adapter).expanduser()
     known = adapters.base_of(adapter)
     revision = revision or remembered(base, adapter)
+    adapters.tensor_names(adapter)  # it is complete, or an error says what is damaged
     source = base_folder(base, revision)
     inputs = {"the base": source, "the adapter": adapter}
     folders.check_out(out, NOTE, inputs)
     pairs = read_pairs(adapter)
     files = tensors_of(source)
     _check_fit(pairs, files, source, adapter)
+    _check_whole(adapter, source, files)
     adapters.check_adapter(adapter, models.base_identity(base, revision))
     linear = four_bit_weights(source, adapter) if into == "dequantized" else {}
     shards = split(files, shard_bytes)
@@ -100,7 +102,7 @@ def merge_folder(
             for file, names in shards.filename_to_tensors.items():
                 shard = {}
                 for name in names:
-                    with safe_open(files[name][0], "pt") as opened:
+                    with open_weights(files[name][0]) as opened:
                         weight = opened.get_tensor(name)
                     shard[name] = merged(weight, pairs.get(name), linear.get(name))
                     bar.update()
@@ -112,13 +114,13 @@ def merge_folder(
             }
             text = json.dumps(index, indent=1)
             (made / models.INDEX).write_text(text, "utf-8")
-        copy_rest(source, made)
-        copy_rest(adapter, made, only="token")
+        copy_rest(source, made, [*models.CONFIGS, *models.TOKENIZER])
+        copy_rest(adapter, made, models.TOKENIZER)
     return Path(out).expanduser()
 
 
 def remembered(base: str, adapter) -> str | None:
-    """The commit of a Hub id that the adapter was trained on; None for other bases."""
+    """The revision of `base` that the adapter was trained on; None for other bases."""
     known = adapters.base_of(adapter)
     return known["revision"] if known["name"] == base else None
 
@@ -146,10 +148,11 @@ def work_bytes(
     Of the fullest shard the tensors that change (the others are mapped, from file to
     file), the work on the largest matrix, and the adapter.
     """
-    files, pairs = tensors_of(base_folder(base)), read_pairs(adapter)
+    source = base_folder(base)
+    files, pairs = tensors_of(source), read_pairs(adapter)
     changed = set(pairs)
     if into == "dequantized":
-        changed |= set(four_bit_weights(base, adapter))
+        changed |= set(four_bit_weights(source, adapter))
     shards = split(files, shard_bytes).filename_to_tensors.values()
     fullest = max(sum(files[n][1] for n in names if n in changed) for names in shards)
     largest = max(A.shape[1] * B.shape[0] for A, B, _ in pairs.values())
@@ -169,10 +172,10 @@ def split(files, shard_bytes: int):
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Each tensor's file and bytes, in the files' order, from their headers alone."""
+    """Each tensor's file and bytes, in the files' order, read from their headers."""
     found = {}
     for file in models.weight_files(folder):
-        with safe_open(file, "pt") as opened:
+        with open_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (no dict)
                 part = opened.get_slice(name)
                 width = WIDTH.get(part.get_dtype())
@@ -192,9 +195,10 @@ WIDTH = {"BF16": 2, "F16": 2, "F32": 4}  # bytes; safetensors' names
 def read_pairs(adapter) -> dict[str, tuple]:
     """For each weight that an adapter changes: A, B and alpha / r.
 
-    Raises ValueError, naming the setting or the tensor, for an adapter that is more
-    than W + (alpha / r) B A on the base as it stands.
+    Raises ValueError, naming the setting or the tensor, for an adapter that does more
+    than add (alpha / r) B A to weights of the unchanged base.
     """
+    adapter = Path(adapter).expanduser()
     config = _plain_lora(adapter)
     tensors = load_file(Path(adapter) / adapters.WEIGHTS)
     pairs = {}
@@ -204,8 +208,8 @@ def read_pairs(adapter) -> dict[str, tuple]:
         module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         if B is None or A.ndim != 2 or B.ndim != 2:
             raise ValueError(
-                f"the adapter in {adapter} has no matrices A and B for {module}: only "
-                "linear layers are merged here; " + IN_MEMORY
+                f"the adapter in {adapter} has no matrices A and B for {module}, and "
+                "merge_folder merges only linear layers: " + IN_MEMORY
             )
         rank = config.rank_pattern.get(
             get_pattern_key(config.rank_pattern, module), config.r
@@ -213,12 +217,17 @@ def read_pairs(adapter) -> dict[str, tuple]:
         alpha = config.alpha_pattern.get(
             get_pattern_key(config.alpha_pattern, module), config.lora_alpha
         )
+        if (A.shape[0], B.shape[1]) != (rank, rank):
+            raise ValueError(
+                f"the adapter in {adapter} has rank {A.shape[0]} for {module}, but its "
+                f"{adapters.CONFIG} says {rank}: save the adapter again"
+            )
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         pairs[f"{module}.weight"] = (A, B, scaling)
     if tensors:
         raise ValueError(
-            f"the adapter in {adapter} holds {sorted(tensors)[0]}: it is more than "
-            "B A; " + IN_MEMORY
+            f"the adapter in {adapter} holds {sorted(tensors)[0]}, so it is more than "
+            "B A: " + IN_MEMORY
         )
     return pairs
 
@@ -227,11 +236,11 @@ IN_MEMORY = "merge it in memory, with PEFT's merge_and_unload(), and check the r
 
 
 def _plain_lora(adapter) -> LoraConfig:
-    """An adapter's config, once every setting that is set is one that we merge."""
-    given = json.loads((Path(adapter) / adapters.CONFIG).read_text("utf-8"))
+    """Check that every setting of an adapter can be merged, and return its config."""
+    given = models.read_json(Path(adapter) / adapters.CONFIG, "peft_type")
     if given.get("peft_type") != "LORA":
         raise ValueError(
-            f"the adapter in {adapter} is {given.get('peft_type')}, not LORA: "
+            f"the adapter in {adapter} is of type {given.get('peft_type')}, not LORA: "
             + IN_MEMORY
         )
     usual = {
@@ -243,47 +252,71 @@ def _plain_lora(adapter) -> LoraConfig:
     start = given.pop("init_lora_weights", True)
     if start not in STARTS:
         raise ValueError(
-            f"the adapter in {adapter} was started with init_lora_weights={start!r}, "
-            "which changed the base: it does not fit the base as it stands; save it "
-            "again with PEFT's path_initial_model_for_weight_conversion"
+            f"the adapter in {adapter} was initialized with init_lora_weights={start!r}"
+            ", which changed its base, so it does not fit the unchanged base: save the "
+            "adapter again with PEFT's path_initial_model_for_weight_conversion"
         )
     for key, value in given.items():
         if key in COUNTED or key in ELSEWHERE or value == usual.get(key):
             continue
         if value or usual.get(key):
             known = key in usual
-            why = "it is more than B A" if known else "this PEFT does not know it"
+            more = "is more than B A" if known else "the installed PEFT does not have"
             raise ValueError(
-                f"the adapter in {adapter} has {key}={value!r}: {why}; " + IN_MEMORY
+                f"the adapter in {adapter} has {key}={value!r}, which {more}: "
+                + IN_MEMORY
             )
     return PeftConfig.from_pretrained(adapter)
 
 
+def _check_whole(adapter, source, files) -> None:
+    """Raise ValueError if the adapter or the base lacks tensors that its config has."""
+    config = copy.copy(_plain_lora(adapter))
+    config.init_lora_weights = False
+    of_base = AutoConfig.from_pretrained(source)
+    model, _ = models.skeleton(of_base, None, torch.float32)
+    names = set(model.state_dict())
+    lacking = names - set(files) - ({"lm_head.weight"} if _tied(of_base) else set())
+    if set(files) <= names and lacking:  # else the files name their tensors otherwise
+        raise ValueError(
+            f"{source} lacks {sorted(lacking)[0]}, which its config.json asks for: "
+            "copy the base again"
+        )
+    model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapters.check_whole(adapter, adapters.tensor_names(Path(adapter)), set(wanted))
+
+
+def _tied(config) -> bool:
+    return getattr(config, "tie_word_embeddings", False)
+
+
 def _check_fit(pairs, files, source, adapter) -> None:
-    """Raise ValueError where the adapter and the files of the base do not fit."""
+    """Raise ValueError if the adapter does not fit the files of the base."""
     for name, (A, B, _) in pairs.items():
         if name not in files:
-            config = json.loads((source / "config.json").read_text("utf-8"))
-            tied = name.startswith("lm_head") and config.get("tie_word_embeddings")
-            why = ": it is tied to the embedding, so both would change" if tied else ""
-            raise ValueError(f"the base has no {name}, which the adapter changes{why}")
-        with safe_open(files[name][0], "pt") as opened:
+            config = AutoConfig.from_pretrained(source)
+            way = "give the base that it was trained on"
+            if name.startswith("lm_head") and _tied(config):
+                way = "it is tied to the embedding, so both would change"
+            raise ValueError(f"the base lacks {name}, which the adapter changes: {way}")
+        with open_weights(files[name][0]) as opened:
             shape = opened.get_slice(name).get_shape()
         if shape != [B.shape[0], A.shape[1]]:
             raise ValueError(
-                f"{name} is {shape} in the base, and the adapter changes a weight of "
-                f"{[B.shape[0], A.shape[1]]}: it belongs to another base"
+                f"{name} is {shape} in the base, but the adapter changes a weight of "
+                f"{[B.shape[0], A.shape[1]]}: give the base that it was trained on"
             )
     rows, needed = models.embedding_rows(source), adapters.token_rows(adapter)
     if rows is not None and needed > rows:
         raise ValueError(
-            f"the adapter's tokenizer has {needed:,} tokens, and the base has rows for "
-            f"{rows:,}: the rows of the added tokens are in neither; train without "
+            f"the adapter's tokenizer has {needed:,} tokens, but the base has rows for "
+            f"{rows:,}: neither holds the rows of the added tokens; train without "
             "added tokens"
         )
 
 
-def four_bit_weights(base: str, adapter) -> dict[str, torch.dtype]:
+def four_bit_weights(source: Path, adapter) -> dict[str, torch.dtype]:
     """The weights that were 4-bit while the adapter trained, and their compute dtype.
 
     Raises ValueError for an adapter that was not trained on NF4 with double
@@ -299,20 +332,19 @@ def four_bit_weights(base: str, adapter) -> dict[str, torch.dtype]:
             'take into="original"'
         )
     dtype = quantization.bnb_4bit_compute_dtype
-    model, _ = models.skeleton(models.config_of(str(base)), quantization, dtype)
+    model, _ = models.skeleton(AutoConfig.from_pretrained(source), quantization, dtype)
     layers = model.named_modules()
     return {f"{n}.weight": dtype for n, m in layers if isinstance(m, Linear4bit)}
 
 
-def copy_rest(source: Path, target: Path, only: str = "") -> None:
-    """Copy what belongs to a model and is no weight: config, tokenizer, template."""
+def copy_rest(source: Path, target: Path, patterns) -> None:
+    """Copy the files of a model that match a pattern, and its other chat templates."""
     for file in source.iterdir():
-        belongs = file.suffix in (".json", ".jinja", ".model")
-        ours = file.name in (MANIFEST, NOTE, adapters.NOTE, "training.json")
-        index = file.name.endswith(".index.json") or file.name == adapters.CONFIG
-        chosen = only in file.name or file.suffix == ".jinja"
-        if belongs and chosen and not ours and not index:
+        if file.is_file() and any(fnmatch(file.name, one) for one in patterns):
             shutil.copyfile(file, target / file.name)
+    more = "additional_chat_templates"
+    if (source / more).is_dir():
+        shutil.copytree(source / more, target / more, dirs_exist_ok=True)
 
 
 def main(arguments=None) -> None:
@@ -323,7 +355,7 @@ def main(arguments=None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--into", choices=INTO, default="dequantized")
     parser.add_argument("--shard-mb", type=int, default=SHARD // 10**6)
-    parser.add_argument("--revision", help="of a Hub id; else the adapter's")
+    parser.add_argument("--revision", help="of a Hub id; default: the adapter's")
     given = parser.parse_args(arguments)
     env.quiet()
     size = given.shard_mb * 10**6

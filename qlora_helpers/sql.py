@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import reprlib
 import sqlite3
 import time
 from collections import Counter
@@ -198,12 +199,24 @@ def same_result(predicted_rows, gold_rows, ordered):
     return predicted == gold if ordered else Counter(predicted) == Counter(gold)
 
 
+def check_databases(databases) -> None:
+    """Raise TypeError unless `databases` is a list of what `open_database` returns."""
+    listed = isinstance(databases, list | tuple) and databases
+    if not listed or any(not isinstance(d, sqlite3.Connection) for d in databases):
+        raise TypeError(
+            f"databases is {reprlib.repr(databases)}: give a list of one or more open "
+            "databases, each from sql.open_database(script)"
+        )
+
+
 def judge(sql, record, databases):
     """Decide whether `sql` gives what the record's own SQL gives, on every database.
 
     Several databases with other contents: on one, a wrong query can be right by luck.
+    A record's `ordered` says that the order of the rows counts; left out, it does not.
     Raises ValueError where the record's SQL fails, or finds nothing in any of them.
     """
+    check_databases(databases)
     golds = [run_sql(record["output"], database) for database in databases]
     broken = next((gold.error for gold in golds if gold.error), None)
     if broken or not any(gold.rows for gold in golds):
@@ -217,7 +230,7 @@ def judge(sql, record, databases):
             has, needs = len(getattr(found, what)), len(getattr(gold, what))
             if has != needs:
                 return Verdict(False, f"{has} {what}, not {needs}")
-        if not same_result(found.rows, gold.rows, record["ordered"]):
+        if not same_result(found.rows, gold.rows, record.get("ordered")):
             any_order = same_result(found.rows, gold.rows, ordered=False)
             return Verdict(False, "wrong order" if any_order else "other values")
     return Verdict(True, "same result")

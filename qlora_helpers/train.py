@@ -6,6 +6,7 @@ Notebook 06 writes the recipe out and explains each line.
 import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
@@ -48,7 +49,7 @@ def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
     )
 
 
-# transformers 5.17 renamed it; where both names are set, the new one wins in silence.
+# transformers 5.17 renamed this. If both names are set, the new one wins silently.
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(SFTConfig, CHECKPOINTING):
     CHECKPOINTING = "gradient_checkpointing"
@@ -64,15 +65,17 @@ def sft_config(
 ) -> SFTConfig:
     """TRL's settings for `steps` optimizer steps of `batch` records each.
 
-    `max_length` is that of `records.to_prompt_completion`: the most tokens of a record.
+    `max_length`: the most tokens of a record, as in `records.to_prompt_completion`.
+    Raises what `check_numbers` raises.
     """
+    check_numbers(steps, batch, learning_rate)
     return SFTConfig(
         output_dir=output_dir,
         max_steps=steps,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch,
-        warmup_steps=5,
-        max_length=max_length,  # tokens; longer rows would be cut off in silence
+        warmup_steps=min(5, steps // 2),
+        max_length=max_length,  # tokens; TRL would cut off longer rows silently
         completion_only_loss=True,  # the prompt is given, not learned
         optim=profile.optim,
         fp16=profile.fp16,
@@ -89,12 +92,25 @@ def sft_config(
     )
 
 
+def check_numbers(steps, batch, learning_rate) -> None:
+    """Raise ValueError for steps or batch below 1, or a rate that is not above 0."""
+    for name, value in {"steps": steps, "batch": batch}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{name} is {value!r}, expected a whole number of at least 1"
+            )
+    if not isinstance(learning_rate, int | float) or not learning_rate > 0:
+        raise ValueError(
+            f"learning_rate is {learning_rate!r}, expected a number above 0"
+        )
+
+
 def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
     """An SFTTrainer whose adapters are fp32 on every kind of machine.
 
-    Raises what `one_gpu` raises.
+    Raises what `check_given` raises.
     """
-    one_gpu(settings)
+    check_given(dataset, settings)
     trainer = SFTTrainer(
         model=model,
         args=settings,
@@ -102,7 +118,7 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
         processing_class=tokenizer,
         callbacks=[LiveLoss()],
     )
-    trainer.given = dataset  # TRL leaves rows out: check_effective compares
+    trainer.given = dataset  # check_effective looks for rows that TRL left out
     trainer.remove_callback(PrinterCallback)  # LiveLoss shows what it would print
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL made them bf16: a T4's GradScaler dies of it
@@ -110,48 +126,70 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
     return trainer
 
 
-def one_gpu(settings: SFTConfig) -> None:
-    """Raise RuntimeError where this process sees several GPUs: TRL trains on one.
+def check_given(dataset, settings: SFTConfig) -> None:
+    """Check what a trainer is built from: one GPU, and rows that it can read.
 
-    Older TRLs would wrap the model, and take a batch for each GPU, without a word.
+    Raises RuntimeError if this process sees several GPUs (older versions of TRL would
+    silently take a batch for each of them), and ValueError for other rows than those of
+    `records.to_prompt_completion` or of tokens.
     """
     if settings.n_gpu > 1:
         raise RuntimeError(
-            f"this process sees {settings.n_gpu} GPUs and the recipe trains on one: "
+            f"this process sees {settings.n_gpu} GPUs, but the recipe trains on one: "
             "restart the kernel and run the set-up cell first, or set "
             "CUDA_VISIBLE_DEVICES=0 before Python starts"
+        )
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        kind = "empty" if isinstance(dataset, Dataset) else type(dataset).__name__
+        raise ValueError(
+            f"the dataset is {kind}: expected the rows that "
+            "records.to_prompt_completion returns"
+        )
+    columns = dataset.column_names
+    if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"the dataset has the columns {columns}, expected prompt and completion: "
+            "call records.to_prompt_completion first"
         )
 
 
 def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
-    """Check what the trainer will really do: libraries change defaults in silence.
+    """Check what the trainer will really do: libraries change defaults silently.
 
-    It looks at the model's own layers, at the optimizer that is built, at the
-    accelerator and at the rows that TRL made, never at the arguments. Checkpointing is
-    switched on only when training begins: it is checked then, before the first step.
+    This looks at the model's own layers, the optimizer, the accelerator and the rows
+    that TRL made, never at the arguments. Trainer turns on checkpointing only when
+    training starts, so that is checked then, before the first step.
 
     Raises RuntimeError naming every setting that is not what the recipe asked for.
     """
     model = trainer.model
     if sum(isinstance(module, PeftModel) for module in model.modules()) > 1:
         raise RuntimeError(
-            "not as the recipe asked: the model is a PeftModel within a PeftModel, as "
-            "after get_peft_model was called twice: load the base again, then call it "
-            "once"
+            "not as the recipe asked: the model is a PeftModel within a PeftModel, "
+            "because get_peft_model was called twice: load the base again, and call "
+            "get_peft_model once"
         )
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    plain = [  # of the output head and of the adapters themselves none is 4-bit
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear
+        and "lora_" not in name
+        and "lm_head" not in name
+    ]
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise RuntimeError(
-            "not as the recipe asked: nothing trains, every parameter is frozen: load "
-            "a saved adapter with load_adapter(..., trainable=True)"
+            "not as the recipe asked: nothing can train, because every parameter is "
+            "frozen; load a saved adapter with load_adapter(..., trainable=True)"
         )
     check_rows(trainer)
     precision = "fp16" if profile.fp16 else "bf16" if profile.bf16 else "no"
     attention = "sdpa, keys and values repeated" if profile.fp16 else "sdpa"
-    labels = trainer.data_collator([trainer.train_dataset[0]])["labels"]
-    found = {
+    optimizer = built_optimizer(trainer)
+    found = {  # what the recipe asks for: whether it is so
         "the linear layers are NF4": bool(layers)
+        and not plain
         and all(layer.weight.quant_type == "nf4" for layer in layers),
         "with double quantization": all(
             layer.weight.quant_state.nested for layer in layers
@@ -161,25 +199,36 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         ),
         "only adapters train": all("lora_" in n for n, _ in trained),
         "adapters are fp32": all(p.dtype == torch.float32 for _, p in trained),
-        f"the optimizer is {profile.optim}": optimizer_name(trainer.create_optimizer())
-        == profile.optim,
+        f"the optimizer is {profile.optim}": optimizer == profile.optim,
         f"mixed precision is {precision}": trainer.accelerator.mixed_precision
         == precision,
         f"attention is {attention}": model.config._attn_implementation == "sdpa"
         and models.repeats_keys_and_values() == profile.fp16,
-        "the prompt carries no loss": bool(
-            (labels == -100).any() & (labels >= 0).any()
-        ),
+        "the prompt carries no loss": prompts_are_masked(trainer),
     }
     if wrong := [what for what, holds in found.items() if not holds]:
-        raise RuntimeError("not as the recipe asked: " + "; ".join(wrong))
+        raise RuntimeError(
+            f"not in effect, though the recipe asked for it: {'; '.join(wrong)} "
+            f"(there are {len(layers)} 4-bit and {len(plain)} other linear layers, the "
+            f"optimizer is {optimizer}, mixed precision is "
+            f"{trainer.accelerator.mixed_precision}, attention is "
+            f"{model.config._attn_implementation})"
+        )
     trainer.remove_callback(AtStart)
     trainer.add_callback(AtStart(profile.checkpointing))
     print("in effect:", "; ".join(found))
 
 
+def built_optimizer(trainer: SFTTrainer) -> str:
+    """The name of the optimizer that a trainer builds, or has built already."""
+    given = trainer.optimizer
+    optimizer = trainer.create_optimizer()
+    trainer.optimizer = given  # or later changes of the settings would do nothing
+    return optimizer_name(getattr(optimizer, "optimizer", optimizer))  # accelerate's
+
+
 def optimizer_name(optimizer) -> str:
-    """The name by which TrainingArguments knows an optimizer that was built."""
+    """The name that TrainingArguments uses for the optimizer's kind."""
     kind = type(optimizer)
     if kind is torch.optim.AdamW:
         fused = optimizer.defaults.get("fused")
@@ -193,64 +242,87 @@ def optimizer_name(optimizer) -> str:
 def check_rows(trainer: SFTTrainer) -> None:
     """Print how many rows were kept, cut and left out, and how many teach the end.
 
-    Raises RuntimeError where rows are cut or left out, where one does not teach the
-    end token, or where a model is asked with other tokens than it was trained with.
+    Raises RuntimeError if a row is cut, is left out or does not teach the end token, or
+    if the prompt's tokens in training differ from those of a later question. Rows that
+    hold tokens already have no prompt: of them only the length is checked.
     """
-    given, rows = trainer.given, trainer.train_dataset
+    given, rows = getattr(trainer, "given", None), trainer.train_dataset
     limit, tokenizer = trainer.args.max_length, trainer.processing_class
+    if given is None or trainer.args.packing:
+        raise RuntimeError(
+            "the rows cannot be checked: expected a trainer of build_trainer, and "
+            "packing=False"
+        )
     if "prompt" not in given.column_names:
-        return  # tokens already: nothing to compare with
+        long = sum(len(ids) > limit for ids in given["input_ids"]) if limit else 0
+        if long:
+            raise RuntimeError(_too_long(long, len(given), limit))
+        return
     if not len(rows):
         raise RuntimeError(
-            f"no row is left to train on: all {len(given)} prompts are longer than "
-            f"max_length={limit} tokens: raise max_length"
+            f"no row is left to train on, because all {len(given)} prompts are longer "
+            f"than max_length={limit} tokens: raise max_length"
         )
     ends = trainer.model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     teach = cut = 0
-    for start in range(0, len(rows), 256):
-        some = [rows[i] for i in range(start, min(start + 256, len(rows)))]
-        labels = trainer.data_collator([dict(row) for row in some])["labels"]
-        for row, given_loss in zip(some, labels, strict=True):
-            last = given_loss[given_loss != -100][
-                -3:
-            ]  # a line break can follow the end
-            ended = not ends.isdisjoint(last.tolist())
-            teach += ended
-            cut += not ended and len(row["input_ids"]) == limit
+    for row, labels in labelled_rows(trainer):
+        last = [label for label in labels if label != -100][-3:]  # then a line break
+        ended = not ends.isdisjoint(last)
+        teach += ended
+        cut += not ended and len(row["input_ids"]) == limit
     left_out = len(given) - len(rows)
     print(
         f"rows: {len(rows):,} of {len(given):,} kept, {cut:,} cut at {limit} tokens, "
         f"{left_out:,} left out; {teach:,} teach the end token"
     )
     if cut or left_out:
-        raise RuntimeError(
-            f"{cut + left_out:,} of {len(given):,} rows are longer than "
-            f"max_length={limit}, and what is cut off teaches to stop early: give "
-            "to_prompt_completion and sft_config the same max_length"
-        )
+        raise RuntimeError(_too_long(cut + left_out, len(given), limit))
     if teach < len(rows):
         raise RuntimeError(
             f"{len(rows) - teach:,} of {len(rows):,} rows do not teach an end token "
             f"({sorted(ends - {None})}): set tokenizer.eos_token to the token at which "
             "an answer ends"
         )
-    for i in range(min(8, len(rows))):
-        labels = trainer.data_collator([dict(rows[i])])["labels"][0].tolist()
+    for i, (row, labels) in zip(range(8), labelled_rows(trainer), strict=False):
         answer = next(n for n, label in enumerate(labels) if label != -100)
         judged = records.context_ids(given[i]["prompt"], tokenizer)
-        if rows[i]["input_ids"][:answer] != judged:
+        if row["input_ids"][:answer] != judged:
             raise RuntimeError(
-                f"row {i} is trained after {answer} tokens of context and would be "
-                f"asked after {len(judged)} others: its chat template writes another "
-                "prompt for training than for an answer"
+                f"row {i} is trained with {answer} prompt tokens but would be asked "
+                f"with {len(judged)} different ones: use a chat template that writes "
+                "the same prompt with and without the answer"
             )
 
 
-class AtStart(TrainerCallback):
-    """Checks, as training begins, what Trainer sets only then.
+def _too_long(count: int, of: int, limit: int) -> str:
+    return (
+        f"{count:,} of {of:,} rows are longer than max_length={limit}, and rows that "
+        "are cut teach the model to stop early: give to_prompt_completion and "
+        "sft_config the same max_length"
+    )
 
-    A class, since TrainerCallback is one.
+
+def labelled_rows(trainer: SFTTrainer):
+    """Yield each row that TRL made, and the labels that the collator gives it."""
+    rows = trainer.train_dataset
+    for start in range(0, len(rows), 256):
+        some = [rows[i] for i in range(start, min(start + 256, len(rows)))]
+        batch = trainer.data_collator([dict(row) for row in some])
+        for row, labels in zip(some, batch["labels"].tolist(), strict=True):
+            yield row, labels[: len(row["input_ids"])]  # the rest is padding
+
+
+def prompts_are_masked(trainer: SFTTrainer) -> bool:
+    """True if every row begins without loss, and ends with it."""
+    labels = (labels for _, labels in labelled_rows(trainer))
+    return all(row[0] == -100 and max(row) >= 0 for row in labels)
+
+
+class AtStart(TrainerCallback):
+    """Checks at the start of training what Trainer sets only then.
+
+    This is a class because Trainer takes its callbacks as TrainerCallback objects.
     """
 
     def __init__(self, checkpointing: bool):
@@ -264,8 +336,8 @@ class AtStart(TrainerCallback):
         if on != self.checkpointing * len(layers):
             raise RuntimeError(
                 f"not as the recipe asked: {on} of {len(layers)} layers are "
-                f"checkpointed, and the recipe asked for {self.checkpointing}; give "
-                f"{CHECKPOINTING} to SFTConfig, and do not set it later"
+                f"checkpointed, expected {'all' if self.checkpointing else 'none'} of "
+                f"them; give {CHECKPOINTING} to SFTConfig, and do not set it later"
             )
 
 
@@ -278,16 +350,16 @@ class LiveLoss(TrainerCallback):
     def __init__(self, every: int = 10):
         self.every = every  # losses between two drawings
         self.bar = self.picture = None
-        self.losses = []  # (step, loss), as they were logged
+        self.losses = []  # the logged pairs (step, loss)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.bar is not None:  # of a run that was interrupted
+        if self.bar is not None:  # the bar of an interrupted run
             self.bar.close()
         logged = [entry for entry in state.log_history if "loss" in entry]
         self.losses = [(entry["step"], entry["loss"]) for entry in logged]
         self.bar = tqdm(
             total=state.max_steps,
-            initial=state.global_step,  # above 0 where a run is resumed
+            initial=state.global_step,  # above 0 if a run is resumed
             desc="training",
             unit="step",
         )
@@ -311,7 +383,7 @@ class LiveLoss(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-        if self.losses:  # none, where logging is off or rarer than the run is long
+        if self.losses:  # empty if logging is off or its interval exceeds the run
             self.draw()
 
     def draw(self):

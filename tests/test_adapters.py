@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import pickle
 import shutil
 
@@ -132,7 +133,7 @@ def spoil_note(folder):
         (cut, ValueError, "damaged or cut short"),
         (keep_half, ValueError, "holds 14 of the 28 tensors"),
         (without(adapters.WEIGHTS), FileNotFoundError, "lacks adapter_model"),
-        (without("adapter_config.json"), FileNotFoundError, "holds no adapter"),
+        (without("adapter_config.json"), FileNotFoundError, "it is not an adapter"),
         (without("base.json"), ValueError, "was not saved by save_adapter"),
         (spoil_note, ValueError, "base.json is damaged"),
     ],
@@ -271,7 +272,7 @@ def test_a_folder_with_other_files_is_never_replaced(model, project):
 def test_a_file_that_was_added_or_changed_is_never_lost(model, saved, name):
     (saved / name).write_text("mine", "utf-8")
     before = contents(saved)
-    with pytest.raises(FileExistsError, match=f"holds {name}, which was not written"):
+    with pytest.raises(FileExistsError, match=f"{name}, which this package did not"):
         adapters.save_adapter(model, None, saved, BASE)
     assert contents(saved) == before
 
@@ -279,7 +280,7 @@ def test_a_file_that_was_added_or_changed_is_never_lost(model, saved, name):
 def test_another_model_s_folder_is_not_taken_for_an_adapter_s(model, tmp_path):
     base_model().save_pretrained(tmp_path / "model")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match="and would be lost"):
+    with pytest.raises(FileExistsError, match="it would be lost"):
         adapters.save_adapter(model, None, tmp_path / "model", BASE)
     assert contents(tmp_path) == before
 
@@ -315,6 +316,145 @@ def test_a_card_that_a_person_wrote_outlives_the_adapter(model, saved):
     assert (saved / "README.md").read_text("utf-8") == "# Mine"
 
 
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Path.replace that calls a function in place of the second of the two renames."""
+    replace = pathlib.Path.replace
+
+    def when_made(instead):
+        def renamed(path, target):
+            return instead(target) if path.name == "made" else replace(path, target)
+
+        monkeypatch.setattr(pathlib.Path, "replace", renamed)
+
+    return when_made
+
+
+def test_an_interrupt_between_the_two_renames_loses_nothing(model, saved, interrupted):
+    (saved / "README.md").write_text("# Mine", "utf-8")
+    before = contents(saved)
+
+    def stop(target):
+        raise KeyboardInterrupt
+
+    interrupted(stop)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.save_adapter(model, None, saved, BASE)
+    assert contents(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_another_process_in_that_moment_loses_nothing(model, saved, interrupted):
+    before = sorted(contents(saved).values())
+
+    def another(target):
+        target.mkdir()
+        (target / "theirs").write_text("x", "utf-8")
+        raise OSError("Directory not empty")
+
+    interrupted(another)
+    with pytest.raises(
+        FileExistsError, match="another process wrote to .* is in "
+    ) as e:
+        adapters.save_adapter(model, None, saved, BASE)
+    old = pathlib.Path(str(e.value).split(" is in ")[1].split(",")[0])
+    assert sorted(contents(old).values()) == before
+    assert (saved / "theirs").exists()
+
+
+def test_a_file_that_comes_in_that_moment_is_kept(model, saved, monkeypatch):
+    replace = pathlib.Path.replace
+
+    def late(path, target):
+        if path == saved:
+            (path / "mine.txt").write_text("mine", "utf-8")
+        return replace(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", late)
+    with pytest.raises(FileExistsError, match="mine.txt was just written"):
+        adapters.save_adapter(model, None, saved, BASE)
+    assert (saved / "mine.txt").read_text("utf-8") == "mine"
+    assert (saved / adapters.WEIGHTS).exists()
+
+
+def test_what_tools_put_beside_it_is_kept(model, saved):
+    (saved / ".DS_Store").write_bytes(b"x")
+    (saved / ".gitattributes").write_text("*.safetensors filter=lfs", "utf-8")
+    (saved / ".ipynb_checkpoints").mkdir()
+    (saved / ".ipynb_checkpoints" / "README-checkpoint.md").write_text("a", "utf-8")
+    adapters.save_adapter(model, None, saved, BASE)
+    assert (saved / ".ipynb_checkpoints" / "README-checkpoint.md").exists()
+    assert (saved / ".gitattributes").read_text("utf-8").startswith("*.safe")
+
+
+def test_weights_that_were_trained_on_in_place_are_never_lost(model, saved):
+    tensors = {n: t + 1 for n, t in load_file(saved / adapters.WEIGHTS).items()}
+    save_file(tensors, saved / adapters.WEIGHTS, metadata={"format": "pt"})  # same size
+    with pytest.raises(FileExistsError, match="holds adapter_model.safetensors"):
+        adapters.save_adapter(model, None, saved, BASE)
+
+
+def test_a_tokenizer_with_two_templates_is_saved_and_replaced(model, saved):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "x"}
+    for _ in range(2):
+        adapters.save_adapter(model, tokenizer, saved, BASE)
+    again = AutoTokenizer.from_pretrained(saved)
+    assert set(again.chat_template) == {"default", "tool_use"}
+    (saved / "additional_chat_templates" / "mine.txt").write_text("mine", "utf-8")
+    with pytest.raises(FileExistsError, match="holds additional_chat_templates/mine"):
+        adapters.save_adapter(model, tokenizer, saved, BASE)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "base.json"])
+@pytest.mark.parametrize("text", ["{oops", "", "{}", "[]", "null"])
+def test_damaged_json_is_named(saved, name, text):
+    (saved / name).write_text(text, "utf-8")
+    for ask in (adapters.check_adapter, lambda f, b: adapters.load_adapter(None, f, b)):
+        with pytest.raises((ValueError, AttributeError), match=""):
+            ask(saved, BASE)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        adapters.check_adapter(saved, BASE)
+
+
+def test_a_damaged_tokenizer_is_named(model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    folder = adapters.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
+    (folder / "tokenizer.json").write_text("{", "utf-8")
+    with pytest.raises(ValueError, match="the tokenizer in .* is damaged"):
+        adapters.load_adapter(base_model(), folder, BASE)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"load_in_8bit": True},
+    ],
+    ids=str,
+)
+def test_an_adapter_loads_onto_the_base_it_was_trained_on(saved, given):
+    """Whatever the quantization: transformers leaves its defaults out of the note."""
+    config = BitsAndBytesConfig(**given)
+    note = json.loads((saved / "base.json").read_text("utf-8"))
+    note["quantization"] = config.to_diff_dict()
+    (saved / "base.json").write_text(json.dumps(note, default=str), "utf-8")
+    adapters.check_adapter(saved, BASE, config)
+    with pytest.raises(ValueError, match="was trained with "):
+        adapters.check_adapter(saved, BASE, train.nf4_config(env.profile()))
+
+
+def test_what_no_identity_is_gets_a_sentence(model, saved, tmp_path):
+    for ask in (
+        lambda: adapters.save_adapter(model, None, tmp_path / "x", "some/base"),
+        lambda: adapters.load_adapter(model, saved, None),
+        lambda: adapters.adopt(saved, str(tmp_path)),
+    ):
+        with pytest.raises(TypeError, match="expected models.base_identity"):
+            ask()
+
+
 # ---- adapters of others, and adapters that go on
 
 
@@ -329,12 +469,32 @@ def test_an_adapter_of_peft_is_adopted_with_one_call(model, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(ValueError, match="another base"):
         adapters.check_adapter(folder, BASE | {"tensors_sha256": "1" * 64})
-    with pytest.raises(FileExistsError, match="nothing to adopt"):
+    with pytest.raises(FileExistsError, match="already has its base.json"):
         adapters.adopt(folder, BASE)
     before = contents(folder)
-    with pytest.raises(FileExistsError, match="was not written here"):
+    with pytest.raises(FileExistsError, match="this package did not write"):
         adapters.save_adapter(model, None, folder, BASE)
     assert contents(folder) == before
+
+
+def test_an_adapter_of_an_older_version_is_adopted_too(saved):
+    """Its note has a hash of the file, which proves nothing of a local base."""
+    old = {"name": "tiny", "revision": None, "weights_sha256": "0" * 64}
+    (saved / "base.json").write_text(json.dumps(old | {"quantization": None}), "utf-8")
+    with pytest.raises(ValueError, match="does not prove which base it is: .*adopt"):
+        adapters.check_adapter(saved, BASE)
+    adapters.adopt(saved, BASE, train.nf4_config(env.profile()))
+    adapters.check_adapter(saved, BASE, train.nf4_config(env.profile()))
+
+
+def test_rows_that_peft_saved_beside_the_adapter_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    adapters.adopt(
+        tmp_path / "a", BASE | {"name": "a"}, train.nf4_config(env.profile())
+    )
+    said = "also holds .*(embed_tokens|lm_head).*without it"
+    with pytest.raises(ValueError, match=said):
+        adapters.load_adapter(base_model(), tmp_path / "a", BASE)
 
 
 def test_what_is_no_adapter_is_not_adopted(tmp_path):
@@ -353,7 +513,7 @@ def test_a_saved_adapter_is_trained_further(saved, tmp_path):
         model = adapters.load_adapter(base_model(), saved, BASE, **given)
         return train.build_trainer(model, tokenizer, dataset, settings)
 
-    with pytest.raises(RuntimeError, match="nothing trains, .*trainable=True"):
+    with pytest.raises(RuntimeError, match="nothing can train, .*trainable=True"):
         train.check_effective(trainer(), env.profile())
     goes_on = trainer(trainable=True)
     train.check_effective(goes_on, env.profile())
@@ -372,7 +532,7 @@ def test_an_adapter_with_a_name_of_its_own_is_saved_as_one_folder(two, tmp_path)
 
 
 def test_a_name_is_given_once(two, saved):
-    with pytest.raises(ValueError, match="has an adapter 'other' already"):
+    with pytest.raises(ValueError, match="already has an adapter 'other'"):
         adapters.load_adapter(two, saved, BASE, "other")
 
 
@@ -406,7 +566,7 @@ def grown(saved_rows, tied=True):
 @pytest.mark.parametrize("saved_rows", [None, ["embed_tokens"], ["lm_head"]])
 def test_rows_of_added_tokens_that_would_be_lost_are_refused(saved_rows, tmp_path):
     model, tokenizer = grown(saved_rows)
-    said = "rows for 49,152 tokens and 49,153 are needed: .* would be lost"
+    said = "rows for 49,152 tokens, but 49,153 are needed: .* would be lost"
     with pytest.raises(ValueError, match=said):
         adapters.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
     with pytest.raises(ValueError, match=said):  # the rows have grown all the same

@@ -111,13 +111,13 @@ def test_the_dtype_is_the_one_that_was_written(folder):
 
 def test_a_model_without_a_system_message_is_asked_without_one(folder):
     written = card.write_card(folder, BASE, FACTS | {"system": None}, ACCURACY)
-    assert "chat template and no system message." in written.read_text("utf-8")
+    assert "with its own layout and no system message." in written.read_text("utf-8")
 
 
 def test_what_is_missing_is_named_before_anything_is_written(folder, tmp_path):
     for name in FACTS:
         facts = {key: said for key, said in FACTS.items() if key != name}
-        with pytest.raises(ValueError, match=f"facts lacks '{name}': expected into"):
+        with pytest.raises(ValueError, match=f"facts lacks '{name}': give into, data"):
             card.write_card(folder, BASE, facts, ACCURACY)
     assert not (folder / "README.md").exists()
     with pytest.raises(FileNotFoundError, match="holds no model.safetensors"):
@@ -145,7 +145,7 @@ def test_only_an_unchanged_card_of_ours_is_replaced(folder):
     ):
         written.write_text(theirs, "utf-8")
         assert not card.is_own_card(written)
-        with pytest.raises(FileExistsError, match="would be lost: move it away"):
+        with pytest.raises(FileExistsError, match="would be lost: move the file away"):
             card.write_card(folder, BASE, FACTS, ACCURACY)
         assert written.read_text("utf-8") == theirs
 

@@ -105,6 +105,12 @@ def test_a_kind_can_be_forced_by_argument_or_variable(kind, monkeypatch):
     assert env.profile("cpu").kind == "cpu"  # the argument goes before the variable
 
 
+@pytest.mark.parametrize("kind", ["T4", None, ""])
+def test_a_machine_that_is_not_known_cannot_be_planned_for(kind):
+    with pytest.raises(ValueError, match=f"profile {kind!r} is unknown: take 'cpu'"):
+        env.elsewhere(kind)
+
+
 def test_an_empty_variable_forces_nothing(no_gpu, monkeypatch):
     monkeypatch.setenv("QLORA_PROFILE", "")
     assert env.profile().kind == "cpu"
@@ -455,9 +461,10 @@ print("devices", {str(p.device) for p in model.parameters()}, torch.cuda.device_
 
 def on_two_gpus(code, folder, **variables):
     """What a fresh Python prints that runs this code, with these variables."""
+    paths = [str(env.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     ran = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        env={**UNCHOSEN, "PYTHONPATH": str(env.ROOT), **variables},
+        env={**UNCHOSEN, "PYTHONPATH": os.pathsep.join(paths), **variables},
         capture_output=True,
         text=True,
         timeout=600,

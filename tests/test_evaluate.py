@@ -102,6 +102,15 @@ def test_pairs_that_all_agree_are_not_certain(before, after, mean):
     assert 0.05 < high - low < 0.3
 
 
+@pytest.mark.parametrize("confidence", [0, 1, 95, -0.5, math.nan])
+def test_a_confidence_is_a_share(confidence):
+    for given in ([1, 0, 1], [1, 1, 1]):
+        with pytest.raises(ValueError, match="confidence is .* between 0 and 1"):
+            bootstrap_interval(given, confidence)
+        with pytest.raises(ValueError, match="confidence is .* between 0 and 1"):
+            paired_interval([0, 0, 0], given, confidence)
+
+
 def test_unequal_pairs_are_refused():
     with pytest.raises(ValueError, match="expected pairs"):
         paired_interval([1, 0], [1])
@@ -201,6 +210,45 @@ def test_every_end_token_stops(parrot):
         generate_answers(model, tokenizer, PROMPTS)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_but_the_end_is_taken_from_the_generation_config(wrapped, parrot):
+    model, tokenizer = copy.deepcopy(parrot[0]), parrot[1]
+    own = model.generation_config
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    own.no_repeat_ngram_size = 1
+    own.suppress_tokens = tokenizer("S")["input_ids"]
+    before = own.to_dict()
+    assert generate_answers(model, tokenizer, PROMPTS) == [
+        (sql, True) for sql in LESSONS.values()
+    ]
+    seen = []
+    layer = (model.get_base_model() if wrapped else model).lm_head
+    layer.register_forward_hook(
+        lambda *_: seen.append(model.generation_config.to_dict())
+    )
+    assert evaluate.generation_speed(model, 1, prompt=4, tokens=2) > 0
+    assert {each["no_repeat_ngram_size"] for each in seen} == {None}
+    assert model.generation_config.to_dict() == before == own.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch_size", "words"),
+    [
+        ("count<answer>", 64, "prompts is one text: give a list"),
+        (PROMPTS, 0, "batch_size is 0"),
+        (PROMPTS, 2.5, "batch_size is 2.5"),
+        ([*PROMPTS, ""], 64, "prompt 5 is empty"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(prompts, batch_size, words, parrot):
+    with pytest.raises(ValueError, match=words):
+        generate_answers(*parrot, prompts, batch_size)
+    if prompts[-1] == "":  # BOS is a prompt
+        tokenizer = bos(parrot[1])
+        assert len(generate_answers(parrot[0], tokenizer, prompts)) == len(prompts)
+
+
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
 def test_a_peft_model_answers_and_still_trains(kind, parrot, tmp_path):
     model, tokenizer = parrot
@@ -270,6 +318,54 @@ def test_accuracy_of_a_model_and_its_rows(parrot, database, asked):
     assert (found.accuracy, found.n, found.stopped) == (0.5, 4, 1.0)
     assert 0 <= found.low < 0.5 < found.high <= 1
     assert repr(found).startswith("50.0% right (") and "n = 4" in repr(found)
+
+
+COUNT = {"instruction": "count", "output": "SELECT count(id) FROM star"}
+
+
+def test_records_of_ones_own_need_no_order_and_no_list(parrot, database, asked):
+    found = evaluate.execution_accuracy(
+        *parrot, (record for record in [COUNT]), [database], system=None
+    )
+    assert (found.accuracy, found.n) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "script", "error", "words"),
+    [
+        ([], None, ValueError, "list is empty"),
+        (
+            [COUNT, {"instruction": "a"}],
+            None,
+            ValueError,
+            "row 1 has no column 'output",
+        ),
+        ([COUNT | {"output": "SELECT 1 WHERE 0"}], None, ValueError, "cannot judge"),
+        ([COUNT], STARS, TypeError, "databases is .*sql.open_database"),
+    ],
+)
+def test_what_cannot_be_judged_is_not_asked(
+    given, script, error, words, database, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "generate_answers", None)  # a call would fail
+    with pytest.raises(error, match=words):
+        evaluate.execution_accuracy(
+            None, None, given, [script or database], system=None
+        )
+    if script is None and "cannot judge" not in words:
+        with pytest.raises(error, match=words):
+            evaluate.answer_logits(None, None, given, system=None)
+
+
+@pytest.mark.parametrize("wrong", [STARS, [], [STARS], None])
+def test_databases_that_are_not_open_are_refused(wrong, database):
+    for judged in (wrong, database):  # one database is no list of them
+        with pytest.raises(
+            TypeError, match="give a list of one or more open databases"
+        ):
+            evaluate.judge("SELECT 1", COUNT, judged)
+    with pytest.raises(TypeError, match="give a list of one or more open databases"):
+        evaluate.ask("count", None, None, wrong, system=None)
 
 
 def test_ask_shows_sql_and_rows(parrot, database, asked):
@@ -382,3 +478,6 @@ def test_perplexity_of_noise_on_an_untrained_model_is_the_vocabulary(parrot):
     assert len(perplexity(model, tokenizer, "short", block=64).nll) == 1
     with pytest.raises(ValueError, match="two tokens"):
         perplexity(model, tokenizer, "x")
+    for block in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"block is {block}"):
+            perplexity(model, tokenizer, "some prose", block=block)

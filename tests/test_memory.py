@@ -201,6 +201,20 @@ def test_a_rehearsal_leaves_no_trace():
     assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("setting", plan.SIZES)
+def test_a_size_that_is_no_whole_number_is_refused(setting):
+    for value in (0, -8, 2.5):
+        config = short("1B")
+        vars(config)[setting] = value
+        with pytest.raises(ValueError, match=f"model_config.{setting} is {value}: "):
+            memory.predict(config, *Q, sft())
+
+
+def test_a_dtype_that_the_4_bit_weights_compute_in_changes_nothing():
+    usual = memory.predict(short("1B"), *Q, sft())
+    assert memory.predict(short("1B", dtype=torch.bfloat16), *Q, sft()) == usual
+
+
 @pytest.mark.parametrize("heads", [1, 2, 8, 32])
 def test_repeated_keys_and_values_are_as_wide_as_the_queries(heads):
     """One head of keys is only viewed as many; and 32 heads share nothing."""
@@ -450,9 +464,9 @@ def test_without_a_gpu_torch_takes_nothing_of_it():
         (("9B", *Q, sft()), ValueError, "shape '9B' is unknown"),
         ((GPT2Config(), *Q, sft()), TypeError, "GPT2Config, expected a LlamaConfig"),
         (("1B", *Q, None), TypeError, "sft_config is missing"),
-        (("1B", *Q, sft(rows=-1)), ValueError, "batch_size is -1, expected"),
-        (("1B", *Q, sft(length=None)), ValueError, "max_length is None, expected"),
-        (("1B", *Q, sft(length=True)), ValueError, "max_length is True, expected"),
+        (("1B", *Q, sft(rows=-1)), ValueError, "batch_size is -1: give a whole"),
+        (("1B", *Q, sft(length=None)), ValueError, "max_length is None: give a whole"),
+        (("1B", *Q, sft(length=True)), ValueError, "max_length is True: give a whole"),
         (
             ("1B", *Q, TrainingArguments("never_written", use_cpu=True)),
             TypeError,
@@ -511,10 +525,42 @@ def test_without_a_gpu_torch_takes_nothing_of_it():
             ValueError,
             "extras.device is 'mps'",
         ),
+        (("1B", *Q, sft(), {}), TypeError, "extras is dict: give an Extras"),
+        *(
+            (
+                ("1B", *Q, sft(), Extras(**{name: value})),
+                ValueError,
+                f"extras.{name} is",
+            )
+            for name, value in {
+                "full_logits": None,
+                "kbit_casts": 1,
+                "repeat_kv": "yes",
+                "adapter_dtype": torch.int8,
+            }.items()
+        ),
+        (
+            ("1B", *Q, sft(), Extras(adapter_dtype="bfloat16")),
+            ValueError,
+            "'bfloat16': give a floating torch.dtype",
+        ),
+        *(
+            (("1B", nf4(), lora(r=r), sft()), ValueError, "lora_config.r is .* whole")
+            for r in (0, -4, 2.5, True)
+        ),
+        *(
+            (("1B", nf4(), lora(lora_dropout=p), sft()), ValueError, "lora_dropout is")
+            for p in (-0.1, 1, 1.5, "0.1")
+        ),
+        (
+            (short("1B", dtype=torch.float32), *Q, sft()),
+            ValueError,
+            "dtype is torch.float32, .*compute_dtype is torch.bfloat16: make them",
+        ),
         (
             ("1B", *Q, sft(gradient_checkpointing_kwargs={"offload": True})),
             ValueError,
-            "offload.* is not predicted",
+            "offload.* cannot be predicted",
         ),
     ],
 )
@@ -595,7 +641,7 @@ def test_a_setting_that_a_later_library_adds_is_refused():
     settings = Later(**{"output_dir": "never_written", "use_cpu": True})
     assert memory.predict("1B", *Q, settings).peak > 0
     settings.turbo = False
-    with pytest.raises(ValueError, match="sft_config.turbo is False.*leave it at True"):
+    with pytest.raises(ValueError, match="sft_config.turbo is False.*setting at True"):
         memory.predict("1B", *Q, settings)
 
 
@@ -729,9 +775,9 @@ def test_nothing_fits():
         (("8B", float("nan")), "gpu_gib is nan, expected"),
         (("8B", True), "gpu_gib is True, expected"),
         (("8B", 15, "dora"), "method 'dora' is unknown"),
-        (("8B", 15, "qlora", -1), "batch is -1, expected a whole number"),
-        (("8B", 15, "qlora", 1.5), "batch is 1.5, expected a whole number"),
-        (("8B", 15, "qlora", 1, "512"), "length is '512', expected a whole number"),
+        (("8B", 15, "qlora", -1), "batch is -1: give a whole number of"),
+        (("8B", 15, "qlora", 1.5), "batch is 1.5: give a whole number of"),
+        (("8B", 15, "qlora", 1, "512"), "length is '512': give a whole number of"),
         (("13B", 80, "qlora", 1, 5000), "13B was made for rows of at most 4,096"),
         (("8B", 15, "qlora", 1, 512, "cpu"), "kind 'cpu' is unknown"),
         (("8B", 15, "full", 1, 512, "fp16"), "does not work in fp16"),
@@ -783,7 +829,7 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
     config = short("3B")
     config.quantization_config = nf4().to_dict()
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is quantized already: give the model"):
+    with pytest.raises(ValueError, match="is already quantized: give the model"):
         fit.will_it_fit(tmp_path, 15)
     with pytest.raises(ValueError, match="quantization_config is not the bnb_config"):
         fit.will_it_fit(config, 15)

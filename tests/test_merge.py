@@ -264,7 +264,7 @@ def test_what_a_merge_did_not_write_is_never_replaced(tiny, tmp_path, what):
         merge.merge_folder(base, adapter, out)
         (out / "notes.md").write_text("mine", "utf-8")
     before = contents(out)
-    with pytest.raises(FileExistsError, match="which was not written here"):
+    with pytest.raises(FileExistsError, match="which this package did not write"):
         merge.merge_folder(base, adapter, out)
     assert contents(out) == before
 
@@ -447,7 +447,7 @@ def test_a_start_that_changes_the_base_is_refused_by_name(tiny, tmp_path, start)
     else:
         adapter = shutil.copytree(tiny[1], tmp_path / "adapter")
         edit(adapter / "adapter_config.json", init_lora_weights=start)
-    with pytest.raises(ValueError, match=f"started with init_lora_weights='{start}'"):
+    with pytest.raises(ValueError, match=f"initialized with init.*='{start}', which"):
         merge.merge_folder(str(tiny[0]), adapter, tmp_path / "out", "original")
 
 
@@ -456,7 +456,7 @@ def test_a_setting_of_a_newer_peft_is_refused_unless_it_is_off(tiny, tmp_path):
     edit(folder / "adapter_config.json", use_next_year=False)
     merge.read_pairs(folder)
     edit(folder / "adapter_config.json", use_next_year=True)
-    with pytest.raises(ValueError, match="use_next_year=True: this PEFT does not know"):
+    with pytest.raises(ValueError, match="use_next_year=True, which the installed"):
         merge.read_pairs(folder)
 
 
@@ -464,7 +464,7 @@ def test_a_setting_of_a_newer_peft_is_refused_unless_it_is_off(tiny, tmp_path):
 def test_every_other_kind_of_adapter_is_refused_by_name(tiny, tmp_path, kind):
     folder = shutil.copytree(tiny[1], tmp_path / "adapter")
     edit(folder / "adapter_config.json", peft_type=kind.value)
-    with pytest.raises(ValueError, match=f"is {kind.value}, not LORA"):
+    with pytest.raises(ValueError, match=f"is of type {kind.value}, not LORA"):
         merge.merge_folder(str(tiny[0]), folder, tmp_path / "out", "original")
 
 
@@ -510,7 +510,7 @@ def test_the_head_is_merged_where_it_is_its_own_and_refused_where_it_is_tied(
         tensors(out)["lm_head.weight"], weight, rtol=2**-7, atol=1e-6
     )
     adapter, _ = peft_adapter(tiny[0], tmp_path / "tied", **head)
-    with pytest.raises(ValueError, match="no lm_head.weight, .* it is tied to the"):
+    with pytest.raises(ValueError, match="lacks lm_head.weight, .* it is tied to the"):
         merge.merge_folder(str(tiny[0]), adapter, tmp_path / "out2", "original")
 
 
@@ -525,6 +525,63 @@ def test_a_tokenizer_that_has_outgrown_the_base_is_refused(tiny, tmp_path):
         merge.merge_folder(str(tiny[0]), folder, tmp_path / "out2")
 
 
+def half(folder):
+    kept = dict(list(load_file(folder / adapters.WEIGHTS).items())[:14])
+    save_file(kept, folder / adapters.WEIGHTS)
+
+
+def cut(folder):
+    whole = (folder / adapters.WEIGHTS).read_bytes()
+    (folder / adapters.WEIGHTS).write_bytes(whole[: len(whole) // 2])
+
+
+def pickled(folder):
+    (folder / adapters.WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (half, "holds 14 of the 28 tensors"),
+        (lambda f: save_file({}, f / adapters.WEIGHTS), "holds 0 of the 28 tensors"),
+        (lambda f: edit(f / "adapter_config.json", r=8), "rank 4 for .* says 8"),
+        (cut, "damaged or cut short"),
+        (pickled, "is a pickle"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "json is damaged"),
+        (lambda f: (f / "base.json").write_text("{}"), "base.json is damaged"),
+    ],
+)
+def test_a_damaged_adapter_is_never_merged(tiny, tmp_path, fault, said):
+    folder = shutil.copytree(tiny[1], tmp_path / "adapter")
+    fault(folder)
+    with pytest.raises(ValueError, match=said):
+        merge.merge_folder(str(tiny[0]), folder, tmp_path / "out", "original")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_lacks_a_tensor_is_never_merged(tiny, tmp_path):
+    base = shutil.copytree(tiny[0], tmp_path / "base")
+    kept = load_file(base / "model.safetensors")
+    del kept["model.layers.1.input_layernorm.weight"]
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks model.layers.1.input_layernorm.weight"):
+        merge.merge_folder(str(base), tiny[1], tmp_path / "out", "original")
+
+
+def test_all_of_a_tokenizer_is_copied_and_nothing_private(tiny, tmp_path):
+    base = shutil.copytree(tiny[0], tmp_path / "base")
+    more = {"merges.txt", "vocab.json", "chat_template.jinja", "tokenizer.model"}
+    for name in more | {"my_private_data.json"}:
+        (base / name).write_text("x", "utf-8")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("x", "utf-8")
+    out = merge.merge_folder(str(base), tiny[1], tmp_path / "out", "original")
+    names = {file.name for file in out.iterdir()}
+    assert more <= names and "my_private_data.json" not in names
+    assert (out / "additional_chat_templates" / "tool_use.jinja").exists()
+    merge.merge_folder(str(base), tiny[1], out, "original")  # and it is replaced
+
+
 def test_what_cannot_be_merged_is_refused(tiny, tmp_path):
     base, _ = map(str, tiny)
     identity = models.base_identity(base)
@@ -534,7 +591,7 @@ def test_what_cannot_be_merged_is_refused(tiny, tmp_path):
     edit(folder / "base.json", quantization=None)
     with pytest.raises(ValueError, match="trained on a base quantized as None"):
         merge.merge_folder(base, folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="another base"):
+    with pytest.raises(ValueError, match="give the base that it was trained on"):
         merge.merge_folder(models.EMBEDDED, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -25,6 +25,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -500,7 +501,7 @@ def test_a_folder_that_the_course_did_not_make_is_never_replaced(wheel):
     mine = env.cache_dir() / wheel.folder
     mine.mkdir(parents=True)
     (mine / "model.safetensors").write_bytes(b"a download of hours")
-    with pytest.raises(FileExistsError, match="was not made by the course"):
+    with pytest.raises(FileExistsError, match="exists but was not made by the course"):
         embedded.embedded_dir(wheel, unwanted)
     assert (mine / "model.safetensors").read_bytes() == b"a download of hours"
 
@@ -600,7 +601,7 @@ def test_identity_of_a_directory_is_its_weights(tiny_dir, tmp_path):
     model.save_pretrained(tmp_path / "changed")
     assert weights(tmp_path / "changed") != mine["tensors_sha256"]
     models.weight_files(tmp_path / "cut")[1].unlink()
-    with pytest.raises(FileNotFoundError, match="lacks model-00002.*copy it again"):
+    with pytest.raises(FileNotFoundError, match="lacks model-00002.*copy that file"):
         weights(tmp_path / "cut")
     (moved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors and no"):
@@ -610,7 +611,7 @@ def test_identity_of_a_directory_is_its_weights(tiny_dir, tmp_path):
 def test_an_adapter_is_no_base(tiny_dir, tmp_path):
     config = {"base_model_name_or_path": "own/llama", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    said = r"is an adapter, and a base model was expected: load its base \(own/llama\)"
+    said = r"is an adapter, but a base model was expected: load its base \(own/llama\)"
     for ask in (models.load_base, models.base_identity, models.config_of):
         with pytest.raises(ValueError, match=said):
             ask(str(tmp_path))
@@ -618,6 +619,53 @@ def test_an_adapter_is_no_base(tiny_dir, tmp_path):
     (both / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is an adapter"):
         models.load_base(both)
+
+
+def without_tensor(folder):
+    kept = load_file(folder / "model.safetensors")
+    del kept["model.layers.1.mlp.up_proj.weight"]
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_in_half(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    "fault, error, said",
+    [
+        (without_tensor, ValueError, "lacks model.layers.1.mlp.up_proj.weight, which"),
+        (cut_in_half, ValueError, "model.safetensors is damaged or cut short"),
+        (lambda f: (f / "config.json").write_text("{}"), ValueError, "json is damaged"),
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
+        (
+            lambda f: [file.unlink() for file in f.glob("tokenizer*")],
+            FileNotFoundError,
+            "holds no tokenizer",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            FileNotFoundError,
+            "holds no model.safetensors",
+        ),
+    ],
+)
+def test_a_damaged_base_is_named_and_never_made_up(
+    tiny_dir, tmp_path, fault, error, said
+):
+    """transformers gives a missing tensor random numbers, and only logs it."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "base")
+    fault(folder)
+    with pytest.raises(error, match=said):
+        models.load_base(folder)
+
+
+def test_what_names_no_base_gets_a_sentence(tiny_dir):
+    with pytest.raises(TypeError, match="the base is None: expected 'embedded'"):
+        models.load_base(None)
+    with pytest.raises(FileNotFoundError, match="config.json is a file: expected the"):
+        models.load_base(tiny_dir / "config.json")
 
 
 def test_only_the_hub_has_revisions(tiny_dir):
@@ -806,13 +854,13 @@ def test_a_revision_of_the_hub_can_be_asked_for(hub):
     answer = hub[0]["revisions"]
     assert answer["there"] == hub[0]["online"]["own/tiny"]["identity"]
     for name in ("load", "ask"):
-        assert answer[name].startswith("the Hub's own/tiny has no such revision")
+        assert answer[name].startswith("own/tiny has no such revision on the Hub")
 
 
 def test_an_adapter_of_the_hub_is_no_base(hub):
     answer = hub[0]["online"]["own/lora"]
     assert answer["error"] == "ValueError"
-    assert answer["message"].startswith("own/lora is an adapter, and a base model was")
+    assert answer["message"].startswith("own/lora is an adapter, but a base model was")
 
 
 MOVED_CHILD = """

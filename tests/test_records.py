@@ -1,10 +1,13 @@
 """Records to prompt and completion: errors by row, layouts, and the loss mask."""
 
 import copy
+import math
+import pathlib
 import warnings
 
+import pandas
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -105,8 +108,16 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ({"messages": TURNS}, r"row\['messages'\]\[1\]\['content'\]"),
         (
             {"conversations": [{"from": "human", "value": "hi"}]},
-            r"'output': row\['conversations'\]\[1\]\['value'\]",
+            "role user into instruction, that of assistant into .* into system$",
         ),
+        (
+            {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]},
+            r"'system': row\['messages'\]\[0\]\['content'\], 'instruction': "
+            r"row\['messages'\]\[1\]\['content'\], 'output': row\['messages'\]\[2\]",
+        ),
+        ({"instruction": ["a", "b"], "output": "ho"}, "output and system must be text"),
+        ({"instruction": "a", "response": "b"}, ": rename response to output$"),
+        ({"question": "a", "answer": "b", "tags": ["c"]}, "and answer to output"),
         (
             {"prompt": TURNS[:1], "completion": TURNS[1:]},
             r"row\['prompt'\]\[0\].*row\['completion'\]\[0\]\['content'\]",
@@ -114,14 +125,15 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ({"instruction": TURNS, "output": "ho"}, "several turns are not supported"),
         ({"prompt": "a", "completion": "b"}, "rename prompt to instruction"),
         ({"question": "a", "answer": "b"}, "and answer to output"),
-        ({"text": "a b"}, "text holds question and answer together"),
+        ({"text": "a b"}, "text seems to hold question and answer"),
     ],
 )
 def test_rows_of_another_kind_get_advice_that_can_be_followed(row, message, chat):
     with pytest.raises(ValueError, match=message) as error:
         records.to_prompt_completion([row], chat, system=None)
-    assert "rename yours" not in str(error.value)  # a list renamed is still no text
-    if "messages" in row:  # follow it
+    # a renamed list is still not text
+    assert "rename your columns" not in str(error.value)
+    if row.get("messages") == TURNS:  # follow it
         made = {"instruction": row["messages"][0]["content"]}
         made |= {"output": row["messages"][1]["content"]}
         assert len(records.to_prompt_completion([made], chat, system=None)) == 1
@@ -131,9 +143,15 @@ def test_the_columns_that_are_not_used_are_named(chat):
     given = [ALPACA[0] | {"text": "as in Alpaca"}, ALPACA[1] | {"id": 3}]
     with pytest.warns(UserWarning, match="not used: id, text "):
         records.to_prompt_completion(given, chat, system=None)
+    given = [ALPACA[0] | {None: "a line of a CSV file with too many fields", 3: ""}]
+    with pytest.warns(UserWarning, match="not used: 3, None "):
+        records.to_prompt_completion(given, chat, system=None)
+    with pytest.raises(ValueError, match=r"no column 'output', only \['None', 'inst"):
+        records.to_prompt_completion([{"instruction": "a", None: ""}], chat, system="")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what the task's own records hold is known
         given = [records.load("train")[0] | {"system": "", "history": []}]
+        given += [ALPACA[0] | {"history": math.nan}]  # as pandas fills it
         records.to_prompt_completion(given, chat, system=None)
 
 
@@ -218,6 +236,37 @@ def test_a_row_that_the_trainer_would_cut_is_left_out_by_default(chat):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (pandas.DataFrame(ALPACA), r"DataFrame of pandas: give records.to_dict\('rec"),
+        (DatasetDict(train=Dataset.from_list(ALPACA)), r"give .*such as records\['tr"),
+        (ALPACA[0], "a dict: give a list of dicts"),
+        ("train.jsonl", "'train.jsonl': read the file"),
+        (pathlib.Path("train.jsonl"), "'train.jsonl': read the file"),
+        (None, "a NoneType: give a list of dicts"),
+    ],
+)
+def test_what_is_no_list_of_records_is_told_how_to_become_one(given, words, chat):
+    with pytest.raises(ValueError, match=f"records is .*{words}"):
+        records.to_prompt_completion(given, chat, system=None)
+
+
+@pytest.mark.parametrize("max_length", [0, -5, 2.5, "512", True])
+def test_a_limit_that_is_no_length_is_refused(max_length, chat):
+    with pytest.raises(ValueError, match="max_length is .* whole number"):
+        records.to_prompt_completion(ALPACA, chat, system=None, max_length=max_length)
+
+
+def test_a_system_message_is_text_or_there_is_none(chat, bare):
+    for tokenizer in (chat, bare):
+        with pytest.raises(ValueError, match=r"system is 3 \(int\): give .* or None"):
+            records.to_prompt_completion(ALPACA, tokenizer, system=3)
+        for make in (records.prompt, lambda r, t, system: records.messages(r, system)):
+            blank = make(ALPACA[0], tokenizer, " \n")
+            assert blank == make(ALPACA[0], tokenizer, None)
+
+
 def test_no_records_at_all_is_an_error(chat):
     with pytest.raises(ValueError, match="list is empty"):
         records.to_prompt_completion([], chat, system=None)
@@ -237,7 +286,7 @@ def test_an_output_that_joins_the_prompt_is_an_error(chat, bare):
             records.to_prompt_completion([ALPACA[1], joining], tokenizer, system=None)
     thinks = copy.deepcopy(chat)
     thinks.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
-    with pytest.raises(ValueError, match="row 0: .*chat template does not"):
+    with pytest.raises(ValueError, match="row 0: .*a chat template that keeps"):
         records.to_prompt_completion(ALPACA, thinks, system=None)
 
 

@@ -115,7 +115,7 @@ def test_what_was_exported_is_read_back_bit_for_bit(folder, source, tmp_path):
     for name, weight in merged.items():
         assert torch.equal(found[name], weight), name
     keys, was = gguf.GGUFReader(file).fields, gguf.GGUFReader(source).fields
-    own = {"llama.attention.key_length", "llama.attention.value_length"}
+    own = {"llama.attention.key_length", "llama.attention.value_length", ship.OURS}
     assert set(keys) == set(was) | own
     others = {"GGUF.kv_count", "general.file_type", "tokenizer.chat_template"}
     for name in was.keys() - others:
@@ -327,7 +327,7 @@ def test_the_source_s_factors_must_be_the_folder_s(tmp_path, out):
     for count, value in ((32, 8), (16, 1)):
         more = {"rope_freqs.weight": np.full(count, value, np.float32)}
         source = write_source(tmp_path / f"{count}.gguf", config, tensors=more)
-        refused(folder, source, out, "rope_freqs.weight of the source is not config")
+        refused(folder, source, out, "rope_freqs.weight in the source is not config")
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
@@ -336,17 +336,17 @@ YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rope_parameters": YARN}, "rope_type 'yarn': expected default or llama3"),
+        ({"rope_parameters": YARN}, "rope_type 'yarn', expected default or llama3"),
         ({"rope_parameters": YARN | {"rope_type": "linear"}}, "rope_type 'linear'"),
         ({"rope_parameters": YARN | {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
         (
             {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}},
             "partial_rotary_factor 0.5",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu': expected silu"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu', expected silu"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "still quantized"),
-        ({"model_type": "mistral"}, "is a mistral, no llama"),
-        ({"head_dim": 32}, r"is \[128, 128\], and config.json says \[64, 128\]"),
+        ({"model_type": "mistral"}, "is a mistral, not a llama"),
+        ({"head_dim": 32}, r"is \[128, 128\], but config.json says \[64, 128\]"),
         ({"num_key_value_heads": 4}, r"k_proj.weight .* config.json says \[256, 128\]"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "model.layers.1.* has no place in a Llama's GGUF"),
@@ -385,7 +385,7 @@ def test_a_source_of_another_network_is_refused(small, tmp_path, out, key, value
 def test_a_source_s_tensor_that_the_folder_lacks_is_named(small, tmp_path, out):
     bias = {"blk.0.attn_q.bias": np.ones(256, np.float32)}
     source = write_source(tmp_path / "bias.gguf", llama(), tensors=bias)
-    refused(small[0], source, out, "the source has blk.0.attn_q.bias, the folder has")
+    refused(small[0], source, out, "the source has blk.0.attn_q.bias but the folder")
 
 
 def test_what_is_no_gguf_of_a_llama_is_no_source(small, tmp_path, out):
@@ -396,8 +396,8 @@ def test_what_is_no_gguf_of_a_llama_is_no_source(small, tmp_path, out):
     for name in ("text", "cut", "empty"):
         refused(folder, tmp_path / f"{name}.gguf", out, "cannot be read as GGUF")
     other = write_source(tmp_path / "qwen2.gguf", llama(), arch="qwen2")
-    refused(folder, other, out, "is of a qwen2: expected one of a llama")
-    said = "no file: expected the base's own GGUF"
+    refused(folder, other, out, "is the GGUF of a qwen2: give one of a llama")
+    said = "is not a file: give the base's own GGUF"
     refused(folder, tmp_path / "absent", out, said, error=FileNotFoundError)
 
 
@@ -405,11 +405,11 @@ def test_the_vocabularies_of_model_tokenizer_and_source_are_one(tmp_path, out):
     config = llama()
     source = write_source(tmp_path / "source.gguf", config)
     folder = save(tmp_path / "padded", llama(vocab_size=len(TOKENS) + 8))
-    refused(folder, source, out, "269 rows of embeddings and the source 261 tokens")
+    refused(folder, source, out, "269 rows of embeddings, but the source has 261")
     more = a_tokenizer()
     more.add_tokens(["<sql>"])
     folder = save(tmp_path / "more", config, more)
-    refused(folder, source, out, "token 261 is '<sql>' in .* and None in the source")
+    refused(folder, source, out, "token 261 is '<sql>' in .* but None in the source")
     folder = save(tmp_path / "small", config)
     swapped = [*TOKENS[:-2], TOKENS[-1], TOKENS[-2]]
     source = write_source(tmp_path / "swapped.gguf", config, tokens=swapped)
@@ -425,14 +425,14 @@ def test_a_model_that_is_no_llama_or_still_in_4_bits_is_refused(small, tmp_path,
     sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     qwen = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, num_key_value_heads=2))
     qwen.save_pretrained(tmp_path / "qwen")
-    refused(tmp_path / "qwen", source, out, "is a qwen2, no llama: .*convert_hf")
+    refused(tmp_path / "qwen", source, out, "is a qwen2, not a llama; .*convert_hf")
     four = models.random_llama(llama(), train.nf4_config(env.profile()))
     four.save_pretrained(tmp_path / "four")
-    refused(tmp_path / "four", source, out, "still quantized .* merge it into 16 bits")
+    refused(tmp_path / "four", source, out, "still quantized .* merge the model into")
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     del config["quantization_config"]  # and where config.json does not say so
     (tmp_path / "four" / "config.json").write_text(json.dumps(config))
-    said = r"\.down_proj\.weight in .* is U8: expected 16 or 32 bits; merge first"
+    said = r"\.down_proj\.weight in .* is U8, expected 16 or 32 bits: merge the"
     refused(tmp_path / "four", source, out, said)
 
 
@@ -465,7 +465,7 @@ def test_the_frequencies_in_an_old_llama_s_files_are_left_out(small, out):
 def test_a_head_is_written_as_transformers_reads_it(small, tmp_path, out):
     folder, source = small
     rewrite(folder, lambda weights: weights.pop("lm_head.weight"))
-    refused(folder, source, out, "lacks lm_head.weight: merge it again")
+    refused(folder, source, out, "lacks lm_head.weight: merge the model again")
     change(folder / "config.json", tie_word_embeddings=True)
     _, tensors = contents(ship.to_gguf(folder, source, out))
     assert "output.weight" not in tensors
@@ -480,7 +480,7 @@ def test_a_width_that_does_not_fill_a_block_is_refused(tmp_path, out):
     folder = save(tmp_path / "narrow", config)
     source = write_source(tmp_path / "narrow.gguf", config)
     for kind in ("Q8_0", "Q4_0"):
-        said = "has rows of 120, no multiple of 32: take F16"
+        said = "has rows of 120, not a multiple of 32: take F16"
         refused(folder, source, out, said, kind)
     assert ship.to_gguf(folder, source, out, "F16").exists()
 
@@ -508,7 +508,7 @@ def test_template_and_end_token_are_the_folder_s(small, out):
     assert keys["tokenizer.ggml.eos_token_id"] == 2
     out.unlink()
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
-    refused(folder, source, out, r"ends at token 2 and its .* at \[0, 3\]: make them")
+    refused(folder, source, out, r"ends at token 2 but its .* at \[0, 3\], .*: make")
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     (folder / "chat_template.jinja").unlink()
     keys, _ = contents(ship.to_gguf(folder, source, out))
@@ -543,18 +543,21 @@ def test_no_other_file_is_replaced(small, tmp_path):
     before = source.read_bytes()
     (tmp_path / "link.gguf").symlink_to(source)
     for file in (source, tmp_path / "link.gguf"):
-        with pytest.raises(FileExistsError, match="is the source, which is read"):
+        with pytest.raises(FileExistsError, match="is the source itself: name another"):
             ship.to_gguf(folder, source, file)
     assert source.read_bytes() == before
     (tmp_path / "notes.txt").write_text("weeks of work")
-    with pytest.raises(FileExistsError, match="no GGUF, and would be lost"):
+    with pytest.raises(FileExistsError, match="this package did not write it, so it"):
         ship.to_gguf(folder, source, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "weeks of work"
     with pytest.raises(FileExistsError, match="is a folder: name a file in it"):
         ship.to_gguf(folder, source, folder)
-    older = write_source(tmp_path / "older.gguf", llama())
-    _, tensors = contents(ship.to_gguf(folder, source, older))
-    assert "output.weight" in tensors
+    theirs = write_source(tmp_path / "theirs.gguf", llama())
+    with pytest.raises(FileExistsError, match="this package did not write it, so it"):
+        ship.to_gguf(folder, source, theirs)
+    for _ in range(2):  # what it wrote itself it replaces
+        _, tensors = contents(ship.to_gguf(folder, source, tmp_path / "mine.gguf"))
+        assert "output.weight" in tensors
 
 
 def test_where_nothing_can_be_written_nothing_is_computed(small, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import re
 import nbformat
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
@@ -97,7 +98,7 @@ def test_adapters_are_fp32_after_trl_cast_them(trainer):
 )
 def test_drift_of_a_setting_is_named(trainer, fault, named):
     fault(trainer)
-    with pytest.raises(RuntimeError, match=named):
+    with pytest.raises(RuntimeError, match=rf"asked for it: [^(]*{named}"):
         train.check_effective(trainer, env.profile())
 
 
@@ -105,7 +106,109 @@ def test_fp4_is_noticed(model, trainer):
     for module in model.modules():
         if isinstance(module, train.Linear4bit):
             module.weight.quant_type = "fp4"
-    with pytest.raises(RuntimeError, match="NF4"):
+    with pytest.raises(RuntimeError, match=r"asked for it: [^(]*NF4"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_a_layer_that_was_left_in_16_bits_is_noticed(tokenizer, tmp_path):
+    quantization = train.nf4_config(env.profile())
+    quantization.llm_int8_skip_modules = ["lm_head", "down_proj"]
+    base = models.random_llama("tiny", quantization)
+    model = get_peft_model(base, train.lora_config(r=4, alpha=8))
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 4, 4, 1e-2)
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    said = r"[^(]*NF4.* 12 4-bit and 2 other linear layers"
+    with pytest.raises(RuntimeError, match=f"asked for it: {said}"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_the_check_can_be_made_again_after_training(trainer):
+    train.check_effective(trainer, env.profile())
+    trainer.train()
+    train.check_effective(trainer, env.profile())
+
+
+def test_a_setting_changed_after_the_check_still_counts(trainer):
+    train.check_effective(trainer, env.profile())
+    trainer.args.learning_rate = 0.0
+    before = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "steps, batch, rate, said",
+    [
+        (0, 4, 1e-2, "steps is 0, expected a whole"),
+        (-1, 4, 1e-2, "steps is -1, expected a whole"),
+        (None, 4, 1e-2, "steps is None, expected a whole"),
+        (4, 2.5, 1e-2, "batch is 2.5, expected a whole"),
+        (4, 4, "2e-4", "learning_rate is '2e-4', expected a number above 0"),
+        (4, 4, 0, "learning_rate is 0, expected a number above 0"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(tmp_path, steps, batch, rate, said):
+    with pytest.raises(ValueError, match=said):
+        train.sft_config(env.profile(), str(tmp_path), steps, batch, rate)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_short_run_learns(model, tokenizer, tmp_path, steps):
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), steps, 4, 1e-2)
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    trainer.train()
+    moved = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert all(p.abs().sum() > 0 for p in moved)
+    rates = [h["learning_rate"] for h in trainer.state.log_history if "loss" in h]
+    assert max(rates) == pytest.approx(1e-2)
+
+
+def test_rows_that_a_trainer_cannot_read_are_refused(model, tokenizer, tmp_path):
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    raw = Dataset.from_list(records.load("values")[:4])
+    for dataset, said in {
+        raw: r"has the columns .* call records.to_prompt_completion first",
+        raw.select([]): "the dataset is empty",
+        raw.to_iterable_dataset(): "the dataset is IterableDataset",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            train.build_trainer(model, tokenizer, dataset, settings)
+
+
+def test_a_trainer_of_another_hand_and_packing_get_a_sentence(
+    model, tokenizer, trainer
+):
+    trainer.args.packing = True
+    with pytest.raises(RuntimeError, match="packing=False"):
+        train.check_effective(trainer, env.profile())
+    trainer.args.packing = False
+    del trainer.given
+    with pytest.raises(RuntimeError, match="expected a trainer of build_trainer"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_rows_of_tokens_that_are_too_long_are_refused(model, tokenizer, tmp_path):
+    ids = [list(range(100, 900))] * 4
+    masks = [[0] * 400 + [1] * 400] * 4
+    dataset = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    with pytest.raises(
+        RuntimeError, match="4 of 4 rows are longer than max_length=512"
+    ):
+        train.check_effective(trainer, env.profile())
+
+
+def test_every_row_s_prompt_must_be_masked(model, tokenizer, tmp_path):
+    ids = [list(range(100, 200))] * 9
+    masks = [[0] * 50 + [1] * 50] + [[1] * 100] * 8
+    dataset = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    with pytest.raises(
+        RuntimeError, match=r"asked for it: [^(]*prompt carries no loss"
+    ):
         train.check_effective(trainer, env.profile())
 
 
@@ -115,7 +218,8 @@ def test_checkpointing_is_looked_up_in_the_layers(trainer, capsys, wanted):
     setattr(trainer.args, train.CHECKPOINTING, not wanted)
     profile = env.profile()._replace(checkpointing=wanted)
     train.check_effective(trainer, profile)
-    with pytest.raises(RuntimeError, match=f"recipe asked for {wanted}; give "):
+    layers = "all" if wanted else "none"
+    with pytest.raises(RuntimeError, match=f"expected {layers} of them; give "):
         trainer.train()
     assert trainer.state.global_step == 0
     setattr(trainer.args, train.CHECKPOINTING, wanted)
@@ -175,7 +279,7 @@ def test_a_model_that_got_adapters_twice_is_refused(model, tokenizer, tmp_path):
 def test_several_gpus_are_refused_before_trl_sees_them(model, tokenizer, tmp_path):
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
     settings._n_gpu = 2
-    with pytest.raises(RuntimeError, match="sees 2 GPUs .* run the set-up cell first"):
+    with pytest.raises(RuntimeError, match="sees 2 GPUs, but .* run the set-up cell"):
         train.build_trainer(model, tokenizer, rows(tokenizer), settings)
 
 
@@ -238,7 +342,7 @@ def test_rows_that_teach_no_end_are_refused(trainer, tmp_path):
 def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeypatch):
     real = records.context_ids
     monkeypatch.setattr(records, "context_ids", lambda *given: [0, *real(*given)])
-    with pytest.raises(RuntimeError, match="row 0 is trained after .* tokens of"):
+    with pytest.raises(RuntimeError, match="row 0 is trained with .* prompt tokens"):
         train.check_effective(trainer, env.profile())
 
 
