@@ -69,6 +69,11 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
     return Path(folder).expanduser()
 
 
+def check_place(folder) -> None:
+    """Raise what `save_adapter` would raise if it may not write to `folder`."""
+    folders.check_out(folder, NOTE, {})
+
+
 def load_adapter(
     model, folder, base: dict, name: str = "default", trainable: bool = False
 ) -> PeftModel:
@@ -84,25 +89,35 @@ def load_adapter(
     """
     folder = Path(folder).expanduser()
     if "." in name or not name:
-        raise ValueError(f"name is {name!r}: an adapter's name must have no dot")
+        raise ValueError(f"name is {name!r}: give one that is not empty, without dots")
     quantization = getattr(model.config, "quantization_config", None)
     saved = check_adapter(folder, base, quantization)
     _fit_rows(model, folder)
-    if isinstance(model, PeftModel):
-        if name in model.peft_config:  # PEFT would keep the older adapter's alpha
-            raise ValueError(
-                f"the model already has an adapter {name!r}: give the new one another "
-                f"name, or remove the old one with model.delete_adapter({name!r})"
-            )
-        model.load_adapter(folder, name, is_trainable=trainable)
-    else:
-        model = PeftModel.from_pretrained(
-            model, folder, adapter_name=name, is_trainable=trainable
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise ValueError(  # PEFT would keep the older adapter's alpha
+            f"the model already has an adapter {name!r}: give the new one another "
+            f"name, or remove the old one with model.delete_adapter({name!r})"
         )
-    wanted = get_peft_model_state_dict(
-        model, adapter_name=name, save_embedding_layers=False
-    )
-    check_whole(folder, saved, set(wanted))
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name, is_trainable=trainable)
+        else:
+            model = PeftModel.from_pretrained(
+                model, folder, adapter_name=name, is_trainable=trainable
+            )
+        wanted = get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        )
+        check_whole(folder, saved, set(wanted))
+    except (RuntimeError, ValueError) as error:
+        if isinstance(model, PeftModel) and name in model.peft_config:
+            model.delete_adapter(name)  # or it would be in the way of the right one
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"the tensors in {folder} do not fit the model or their {CONFIG} "
+            f"({str(error).splitlines()[-1].strip()}): save or copy the adapter again"
+        ) from None
     return model
 
 
@@ -204,8 +219,9 @@ def check_adapter(folder, base: dict, quantization=None) -> set[str]:
         keys = ("name", "revision")
         if trained_on.get("revision") is None:
             raise ValueError(
-                f"the {NOTE} in {folder} does not prove which base it is: if "
-                f"{trained_on['name']!r} is {base['name']!r}, say so once with adopt()"
+                f"the {NOTE} in {folder} has neither a hash nor a revision of the base:"
+                f" if the adapter was trained on {base['name']!r}, state that once with"
+                " adapters.adopt()"
             )
     for key in keys:
         there, here = trained_on.get(key), base.get(key)
@@ -224,8 +240,8 @@ def check_adapter(folder, base: dict, quantization=None) -> set[str]:
             raise ValueError(
                 f"the adapter in {folder} was trained with {key}="
                 f"{getattr(there, key)!r}, but this model has "
-                f"{getattr(quantization, key, None)!r}: load the base in the way in "
-                f"which it was trained, which {NOTE} says"
+                f"{getattr(quantization, key, None)!r}: load the base with the "
+                f"quantization that {NOTE} gives"
             )
     return names
 
@@ -237,9 +253,10 @@ def token_rows(folder) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"the tokenizer in {folder} is damaged ({type(error).__name__}): copy its "
-            "files again"
+            f"the tokenizer in {folder} cannot be opened ({why}): copy its files "
+            "again, or save a tokenizer that needs no code of its own"
         ) from None
     return 1 + max(tokenizer.get_vocab().values())
 
@@ -262,7 +279,7 @@ def _adapter_of(model) -> str:
 
 def _check_identity(base) -> None:
     """Raise TypeError unless `base` is a dict of `models.base_identity`."""
-    if not isinstance(base, dict) or "name" not in base:
+    if not isinstance(base, dict) or not {"name", "revision"} <= set(base):
         raise TypeError(
             f"base is {base!r}: expected models.base_identity(...) of the base"
         )

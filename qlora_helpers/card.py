@@ -54,10 +54,7 @@ def write_card(folder, base: dict, facts: dict, accuracy: Accuracy) -> Path:
         f"{base['name']} with a QLoRA adapter merged into its {facts['into']} weights, "
         f"stored in {_dtypes(models.weight_files(folder))}."
     )
-    use = (
-        "It answers for the tables of one database. Load it with plain transformers; "
-        "neither\nbitsandbytes nor peft is needed."
-    )
+    use = "Load it with plain transformers; neither bitsandbytes nor peft is needed."
     points = _points(base, facts, accuracy)
     parts = [f"# {folder.resolve().name}", what, points, _system(facts), use]
     return _write(folder, header, parts)
@@ -159,9 +156,9 @@ def _system(facts: dict) -> str:
     if "system" not in facts:
         return ""
     if facts["system"] is None:
-        return "Ask it as it was trained, with its own layout and no system message."
+        return "Prompt it as in training: with its own layout and no system message."
     return (
-        "Ask it as it was trained, with its own layout and this system message:\n\n"
+        "Prompt it as in training: with its own layout and this system message:\n\n"
         f"```\n{facts['system']}\n```"
     )
 

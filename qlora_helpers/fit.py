@@ -80,11 +80,11 @@ def will_it_fit(
     disk, ram = _loading(config)
     sentence = (
         f"{name}, {METHODS[method]}, {batch} x {length:,} tokens in {kind}: "
-        f"{'fits' if fits else 'does not fit'}: torch uses "
-        f"{prediction.peak / env.GIB:.1f} GiB at its peak ({prediction.moment}), or "
-        f"about {needed / env.GIB:.1f} with what its allocator wastes; CUDA takes "
-        f"about {CONTEXT_GIB}; the card has {gpu_gib:g}; loading takes {disk:.1f} GiB "
-        f"of disk and {ram:.1f} of RAM"
+        f"{'fits' if fits else 'does not fit'}. Torch's peak is "
+        f"{prediction.peak / env.GIB:.1f} GiB ({prediction.moment}), or about "
+        f"{needed / env.GIB:.1f} GiB with what its allocator wastes. CUDA takes about "
+        f"{CONTEXT_GIB} GiB more, and the card has {gpu_gib:g} GiB. Loading takes "
+        f"{disk:.1f} GiB of disk and {ram:.1f} GiB of RAM."
     )
     if not fits:
         changes = []
@@ -95,11 +95,11 @@ def will_it_fit(
         if method != "qlora" and (rows := most_rows("qlora")):
             changes.append(f"QLoRA{f' and {_at_most(rows)}' if rows < batch else ''}")
         sentence += (
-            f"; it fits with {', or with '.join(changes)}"
+            f" It fits with {', or with '.join(changes)}."
             if changes
-            else "; take a smaller model or a larger card"
+            else " Choose a smaller model or a larger card."
         )
-    return Fit(fits, sentence + ".", prediction, needed / env.GIB, disk, ram)
+    return Fit(fits, sentence, prediction, needed / env.GIB, disk, ram)
 
 
 def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
@@ -171,7 +171,7 @@ def configs(config, method, batch, length, every=1, machine=None):
     if every > 1:
         details["every_n_layers"] = every
     for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if hasattr(settings, name):  # the second is new in transformers 5.17
+        if hasattr(settings, name):  # the second is new in transformers 5.23
             setattr(settings, name, every > 0)
             setattr(settings, f"{name}_kwargs", details)
     if method == "full":

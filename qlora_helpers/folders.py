@@ -2,6 +2,7 @@
 
 Each folder holds a note, a JSON file that lists the other files with a fingerprint.
 A file that the note does not list, or whose fingerprint differs, is somebody's work.
+What people and tools usually put beside such files (KEPT) is kept instead.
 """
 
 import contextlib
@@ -40,8 +41,9 @@ def check_out(out, note: str, inputs: dict) -> Path:
     if strange := _foreign(place, note):
         more = f" and {len(strange) - 1} more" if strange[1:] else ""
         raise FileExistsError(
-            f"{out} holds {strange[0]}{more}, which this package did not write or "
-            "which was changed since; it would be lost: name another folder"
+            f"{out} holds {strange[0]}{more}, which its {note} does not list as "
+            "written by this package or which was changed since, and which would be "
+            "lost: name another folder"
         )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
 
 def files_in(folder: Path) -> list[str]:
     """The paths of all files below a folder, relative to it, sorted."""
-    found = (file for file in folder.rglob("*") if not file.is_dir())
+    found = (f for f in folder.rglob("*") if f.is_symlink() or not f.is_dir())
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
@@ -131,9 +133,11 @@ def _foreign(place: Path, note: str) -> list[str]:
     known = {note, *listed} if listed else set()
 
     def changed(name):
-        kept = name.split("/")[0] in KEPT or (name in known and name == note)
-        return not kept and listed.get(name) != fingerprint(place / name)
+        if name.split("/")[0] in KEPT or (name in known and name == note):
+            return False
+        return name not in known or listed[name] != fingerprint(place / name)
 
     strange = list(filter(changed, files_in(place)))
-    empty = (f for f in place.rglob("*") if f.is_dir() and not any(f.iterdir()))
-    return sorted(strange + [f.relative_to(place).as_posix() for f in empty])
+    folders = (file for file in place.rglob("*") if file.is_dir())
+    empty = (f.relative_to(place) for f in folders if not any(f.iterdir()))
+    return sorted(strange + [f.as_posix() for f in empty if f.parts[0] not in KEPT])

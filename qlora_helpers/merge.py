@@ -86,6 +86,7 @@ def merge_folder(
     known = adapters.base_of(adapter)
     revision = revision or remembered(base, adapter)
     adapters.tensor_names(adapter)  # it is complete, or an error says what is damaged
+    folders.check_out(out, NOTE, {"the adapter": adapter})  # before a base is fetched
     source = base_folder(base, revision)
     inputs = {"the base": source, "the adapter": adapter}
     folders.check_out(out, NOTE, inputs)
@@ -122,7 +123,9 @@ def merge_folder(
 def remembered(base: str, adapter) -> str | None:
     """The revision of `base` that the adapter was trained on; None for other bases."""
     known = adapters.base_of(adapter)
-    return known["revision"] if known["name"] == base else None
+    if known["name"] != base or Path(base).expanduser().is_dir():
+        return None
+    return known["revision"]
 
 
 def merged(weight, pair, four_bit):
@@ -155,7 +158,8 @@ def work_bytes(
         changed |= set(four_bit_weights(source, adapter))
     shards = split(files, shard_bytes).filename_to_tensors.values()
     fullest = max(sum(files[n][1] for n in names if n in changed) for names in shards)
-    largest = max(A.shape[1] * B.shape[0] for A, B, _ in pairs.values())
+    sizes = (A.shape[1] * B.shape[0] for A, B, _ in pairs.values())
+    largest = max(sizes, default=0)
     kept = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
     return fullest + WORK[into] * largest + kept
 
@@ -250,7 +254,7 @@ def _plain_lora(adapter) -> LoraConfig:
         for field in dataclasses.fields(LoraConfig)
     }
     start = given.pop("init_lora_weights", True)
-    if start not in STARTS:
+    if (start.lower() if isinstance(start, str) else start) not in STARTS:
         raise ValueError(
             f"the adapter in {adapter} was initialized with init_lora_weights={start!r}"
             ", which changed its base, so it does not fit the unchanged base: save the "
@@ -298,7 +302,7 @@ def _check_fit(pairs, files, source, adapter) -> None:
             config = AutoConfig.from_pretrained(source)
             way = "give the base that it was trained on"
             if name.startswith("lm_head") and _tied(config):
-                way = "it is tied to the embedding, so both would change"
+                way = "it is tied to the embedding, so train without lm_head"
             raise ValueError(f"the base lacks {name}, which the adapter changes: {way}")
         with open_weights(files[name][0]) as opened:
             shape = opened.get_slice(name).get_shape()

@@ -275,7 +275,7 @@ def _checkpoints(sft_config) -> int:
     """Each how-manieth layer is checkpointed; 0: none is."""
     found = {}
     for name in ("activation_checkpointing", "gradient_checkpointing"):
-        if hasattr(sft_config, name):  # the first is new in transformers 5.17
+        if hasattr(sft_config, name):  # the first is new in transformers 5.23
             chosen = bool(getattr(sft_config, name))
             details = getattr(sft_config, f"{name}_kwargs") if chosen else None
             found[name] = (chosen, dict(details or {}))

@@ -92,7 +92,7 @@ def check(record: dict, row: int) -> None:
     if history and not isinstance(history, float):
         raise ValueError(
             f"row {row}: history holds earlier turns, but only one turn is supported: "
-            "empty history, and write into instruction what the question needs"
+            "clear the column 'history', and write what it says into 'instruction'"
         )
 
 
@@ -123,8 +123,8 @@ def advice(record: dict) -> str:
         return "instruction, input, output and system must be text"
     if "text" in record:
         return (
-            "text seems to hold question and answer together: write the question into "
-            "instruction and the answer into output"
+            "the column 'text' seems to hold question and answer: write the question "
+            "into instruction and the answer into output"
         )
     return "rename your columns to instruction, input and output, and put text in them"
 
@@ -145,7 +145,7 @@ def as_list(records) -> list[dict]:
         what = f"a {kind}: give a list of dicts, one for each record"
     else:
         if not (found := list(records)):
-            raise ValueError("there is no record: the list is empty")
+            raise ValueError("the list of records is empty: give at least one record")
         return found
     raise ValueError(f"records is {what}")
 

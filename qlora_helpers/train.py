@@ -49,7 +49,7 @@ def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
     )
 
 
-# transformers 5.17 renamed this. If both names are set, the new one wins silently.
+# transformers 5.23 renamed this. If both names are set, the new one wins silently.
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(SFTConfig, CHECKPOINTING):
     CHECKPOINTING = "gradient_checkpointing"

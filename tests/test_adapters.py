@@ -272,7 +272,7 @@ def test_a_folder_with_other_files_is_never_replaced(model, project):
 def test_a_file_that_was_added_or_changed_is_never_lost(model, saved, name):
     (saved / name).write_text("mine", "utf-8")
     before = contents(saved)
-    with pytest.raises(FileExistsError, match=f"{name}, which this package did not"):
+    with pytest.raises(FileExistsError, match=f"{name}, which its base.json does"):
         adapters.save_adapter(model, None, saved, BASE)
     assert contents(saved) == before
 
@@ -280,7 +280,7 @@ def test_a_file_that_was_added_or_changed_is_never_lost(model, saved, name):
 def test_another_model_s_folder_is_not_taken_for_an_adapter_s(model, tmp_path):
     base_model().save_pretrained(tmp_path / "model")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match="it would be lost"):
+    with pytest.raises(FileExistsError, match="which would be lost"):
         adapters.save_adapter(model, None, tmp_path / "model", BASE)
     assert contents(tmp_path) == before
 
@@ -421,7 +421,7 @@ def test_a_damaged_tokenizer_is_named(model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
     folder = adapters.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
     (folder / "tokenizer.json").write_text("{", "utf-8")
-    with pytest.raises(ValueError, match="the tokenizer in .* is damaged"):
+    with pytest.raises(ValueError, match="the tokenizer in .* cannot be opened"):
         adapters.load_adapter(base_model(), folder, BASE)
 
 
@@ -472,7 +472,7 @@ def test_an_adapter_of_peft_is_adopted_with_one_call(model, tmp_path):
     with pytest.raises(FileExistsError, match="already has its base.json"):
         adapters.adopt(folder, BASE)
     before = contents(folder)
-    with pytest.raises(FileExistsError, match="this package did not write"):
+    with pytest.raises(FileExistsError, match="which its base.json"):
         adapters.save_adapter(model, None, folder, BASE)
     assert contents(folder) == before
 
@@ -481,7 +481,7 @@ def test_an_adapter_of_an_older_version_is_adopted_too(saved):
     """Its note has a hash of the file, which proves nothing of a local base."""
     old = {"name": "tiny", "revision": None, "weights_sha256": "0" * 64}
     (saved / "base.json").write_text(json.dumps(old | {"quantization": None}), "utf-8")
-    with pytest.raises(ValueError, match="does not prove which base it is: .*adopt"):
+    with pytest.raises(ValueError, match="has neither a hash nor a revision .*adopt"):
         adapters.check_adapter(saved, BASE)
     adapters.adopt(saved, BASE, train.nf4_config(env.profile()))
     adapters.check_adapter(saved, BASE, train.nf4_config(env.profile()))
@@ -603,3 +603,43 @@ def test_half_precision_keeps_all_that_the_adapter_holds(tmp_path):
     stored = load_file(folder / adapters.WEIGHTS)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert len(stored) == 2 * 14 + 2
+
+
+def test_a_link_is_somebody_s_and_stays(model, saved, tmp_path):
+    (tmp_path / "big").mkdir()
+    for name, target in {"checkpoints": tmp_path / "big", "dead": "/nowhere"}.items():
+        (saved / name).symlink_to(target)
+        with pytest.raises(FileExistsError, match=f"holds {name}"):
+            adapters.save_adapter(model, None, saved, BASE)
+        (saved / name).unlink()
+    adapters.save_adapter(model, None, saved, BASE)
+
+
+def test_a_foreign_file_is_named_without_being_read(model, saved, monkeypatch):
+    (saved / "aa_huge.bin").write_bytes(b"x")
+
+    def read(file):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(adapters.folders, "sha256", read)
+    monkeypatch.setattr(adapters.folders, "_seen", {})
+    (saved / "base.json").write_text("{}", "utf-8")
+    with pytest.raises(FileExistsError, match="holds aa_huge.bin"):
+        adapters.check_place(saved)
+
+
+def test_a_bad_second_adapter_does_not_stay_in_the_way(two, saved):
+    two.delete_adapter("other")
+    weights = load_file(saved / adapters.WEIGHTS)
+    keep_half(saved)
+    with pytest.raises(ValueError, match="holds 14 of the 28"):
+        adapters.load_adapter(two, saved, BASE, "other")
+    save_file(weights, saved / adapters.WEIGHTS, metadata={"format": "pt"})
+    assert "other" in adapters.load_adapter(two, saved, BASE, "other").peft_config
+
+
+def test_another_rank_than_the_config_says_gets_a_sentence(saved):
+    config = json.loads((saved / "adapter_config.json").read_text("utf-8"))
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"r": 8}), "utf-8")
+    with pytest.raises(ValueError, match="do not fit the model or their adapter"):
+        adapters.load_adapter(base_model(), saved, BASE)

@@ -711,7 +711,7 @@ def test_the_change_it_proposes_works(given, change, words):
 
 def test_the_rows_it_proposes_are_the_most():
     answer = fit.will_it_fit("8B", 16, batch=16, length=2048)
-    assert "it fits with at most 7 rows at a time" in answer.sentence
+    assert "It fits with at most 7 rows at a time." in answer.sentence
     assert fit.will_it_fit("8B", 16, batch=7, length=2048).fits
     assert not fit.will_it_fit("8B", 16, batch=8, length=2048).fits
 
@@ -759,7 +759,7 @@ def test_what_torch_cannot_use_counts():
 def test_nothing_fits():
     answer = fit.will_it_fit("70B", 24)
     assert not answer.fits
-    assert answer.sentence.endswith("take a smaller model or a larger card.")
+    assert answer.sentence.endswith("Choose a smaller model or a larger card.")
 
 
 @pytest.mark.parametrize(

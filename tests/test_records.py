@@ -125,7 +125,7 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ({"instruction": TURNS, "output": "ho"}, "several turns are not supported"),
         ({"prompt": "a", "completion": "b"}, "rename prompt to instruction"),
         ({"question": "a", "answer": "b"}, "and answer to output"),
-        ({"text": "a b"}, "text seems to hold question and answer"),
+        ({"text": "a b"}, "'text' seems to hold question and answer"),
     ],
 )
 def test_rows_of_another_kind_get_advice_that_can_be_followed(row, message, chat):
@@ -268,7 +268,7 @@ def test_a_system_message_is_text_or_there_is_none(chat, bare):
 
 
 def test_no_records_at_all_is_an_error(chat):
-    with pytest.raises(ValueError, match="list is empty"):
+    with pytest.raises(ValueError, match="list of records is empty: give at"):
         records.to_prompt_completion([], chat, system=None)
 
 
