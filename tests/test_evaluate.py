@@ -333,7 +333,7 @@ def test_records_of_ones_own_need_no_order_and_no_list(parrot, database, asked):
 @pytest.mark.parametrize(
     ("given", "script", "error", "words"),
     [
-        ([], None, ValueError, "list is empty"),
+        ([], None, ValueError, "list of records is empty"),
         (
             [COUNT, {"instruction": "a"}],
             None,

@@ -91,7 +91,11 @@ def test_double_quantization_is_bitsandbytes(shape, kind, dtype, seed):
     # one. Decoding has no such freedom.
     apart = (index.int() - nested.absmax.int()).abs()
     apart[scale.repeat_interleave(quant.SCALE_BLOCK)[: len(apart)] == 0] = 0  # any code
-    assert (apart <= 1).all() and (apart > 0).sum() <= 2 + 0.01 * len(apart)
+    # Near zero several codes lie within one step of the grid.
+    code = quant.dynamic_code()
+    near = (code[index.long()] - code[nested.absmax.long()]).abs() < 2 / 65535
+    assert ((apart <= 1) | near).all()
+    assert (apart > 0).sum() <= 2 + 0.01 * len(apart)
     back = quant.dequantize_scales(nested.absmax, nested.state2.absmax, nested.offset)
     assert torch.equal(
         back, theirs.dequantize_blockwise(nested.absmax, nested.state2) + nested.offset
