@@ -86,9 +86,12 @@ def merge_folder(
     known = adapters.base_of(adapter)
     revision = revision or remembered(base, adapter)
     adapters.tensor_names(adapter)  # it is complete, or an error says what is damaged
-    folders.check_out(out, NOTE, {"the adapter": adapter})  # before a base is fetched
+    inputs = {"the adapter": adapter}
+    if base != models.EMBEDDED:  # a Hub id is no folder, and is compared below
+        inputs["the base"] = Path(base).expanduser()
+    folders.check_out(out, NOTE, inputs)  # before a base is fetched
     source = base_folder(base, revision)
-    inputs = {"the base": source, "the adapter": adapter}
+    inputs["the base"] = source
     folders.check_out(out, NOTE, inputs)
     pairs = read_pairs(adapter)
     files = tensors_of(source)
