@@ -5,7 +5,10 @@ import os
 import warnings
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -15,7 +18,7 @@ from .models import open_weights, read_json
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 NOTE = "base.json"  # says what the adapter was trained on
-PICKLES = (".bin", ".pt", ".pth", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # of a base's BitsAndBytesConfig: must be equal
 QUANTIZED = (
     "load_in_4bit",
@@ -41,6 +44,11 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
     """
     name = _adapter_of(model)
     _check_identity(base)
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"dtype is {dtype!r}: give torch.float32, bfloat16 or float16, or None for "
+            "the adapter's own"
+        )
     quantization = getattr(model.config, "quantization_config", None)
     facts = dict(base, quantization=quantization and quantization.to_diff_dict())
     with folders.written_whole(folder, NOTE, facts, {}) as made:
@@ -56,8 +64,14 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
             tokenizer.save_pretrained(made)
         rows = model.get_input_embeddings().weight.shape[0]
         _check_rows(made, base.get("rows") or rows, rows)
+        kept = {n: t.to(dtype or t.dtype) for n, t in load_file(made / WEIGHTS).items()}
+        if bad := [n for n, t in kept.items() if not t.isfinite().all()]:
+            raise ValueError(
+                f"{bad[0]} holds NaN or infinity{f' in {dtype}' if dtype else ''}: if "
+                "the training diverged, train again with half the learning_rate; else "
+                "leave dtype out"
+            )
         if dtype is not None:
-            kept = {n: t.to(dtype) for n, t in load_file(made / WEIGHTS).items()}
             save_file(kept, made / WEIGHTS, metadata={"format": "pt"})
         config = json.loads((made / CONFIG).read_text("utf-8"))
         config["base_model_name_or_path"] = base["name"]
@@ -93,11 +107,20 @@ def load_adapter(
     quantization = getattr(model.config, "quantization_config", None)
     saved = check_adapter(folder, base, quantization)
     _fit_rows(model, folder)
+    if not isinstance(model, PeftModel) and any(
+        isinstance(module, BaseTunerLayer) for module in model.modules()
+    ):
+        raise ValueError(
+            "this base already carries adapter layers, because an adapter was put on "
+            "it before: give the PeftModel that was returned then and another name, or "
+            "load the base again"
+        )
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise ValueError(  # PEFT would keep the older adapter's alpha
             f"the model already has an adapter {name!r}: give the new one another "
             f"name, or remove the old one with model.delete_adapter({name!r})"
         )
+    given = model
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(folder, name, is_trainable=trainable)
@@ -110,8 +133,11 @@ def load_adapter(
         )
         check_whole(folder, saved, set(wanted))
     except (RuntimeError, ValueError) as error:
-        if isinstance(model, PeftModel) and name in model.peft_config:
-            model.delete_adapter(name)  # or it would be in the way of the right one
+        # or it would be in the way of the right one
+        if not isinstance(given, PeftModel):
+            _strip(given)
+        elif name in given.peft_config:
+            given.delete_adapter(name)
         if isinstance(error, ValueError):
             raise
         raise ValueError(
@@ -119,6 +145,16 @@ def load_adapter(
             f"({str(error).splitlines()[-1].strip()}): save or copy the adapter again"
         ) from None
     return model
+
+
+def _strip(base) -> None:
+    """Take away what PEFT put into a base before it raised an error."""
+    for path, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(path, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            base.set_submodule(path, module.original_module)
+    vars(base).pop("peft_config", None)
 
 
 def check_whole(folder, saved: set[str], wanted: set[str]) -> None:
@@ -267,6 +303,12 @@ def _adapter_of(model) -> str:
         raise ValueError(
             f"the model is a {type(model).__name__} without an adapter: give a model "
             "that get_peft_model or load_adapter returned"
+        )
+    if sum(isinstance(module, PeftModel) for module in model.modules()) > 1:
+        raise ValueError(
+            "the model is a PeftModel within a PeftModel, because get_peft_model was "
+            "called twice, and one folder holds one adapter: load the base again, and "
+            "call get_peft_model once"
         )
     names = model.active_adapters
     if len(names) != 1:

@@ -270,7 +270,9 @@ def answer_logits(model, tokenizer, records, *, system):
             for record in records:
                 asked = task.prompt(record, tokenizer, system)
                 before = len(task.context_ids(asked, tokenizer))
-                whole = task.context_ids(asked + record["output"], tokenizer)
+                whole = task.whole_ids(record, tokenizer, system)
+                if tokenizer.eos_token_id in whole[before:]:  # what follows is unscored
+                    whole = whole[: whole.index(tokenizer.eos_token_id, before)]
                 ids = torch.tensor([whole]).to(model.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0]
                 kept.append(logits[before - 1 :].float().cpu())

@@ -76,18 +76,23 @@ def optimizer_bytes(plan: Plan) -> tuple[int, int]:
     """Bytes of Adam's states: (counted by torch, in managed memory)."""
     cuda, size = plan.extras.device == "cuda", OPTIMIZERS[plan.optim]
     up, held, paged = rounding(plan.extras.device), 0, 0
-    for count in trained_tensors(plan):
+    tensors = trained_tensors(plan)
+    # An embedding that trains keeps 32-bit states: transformers/trainer.py,
+    # create_optimizer. Behind it come an untied head and the last norm.
+    behind = 1 if plan.config.tie_word_embeddings else 2
+    embedding = -1 if plan.targets else len(tensors) - 1 - behind
+    for i, count in enumerate(tensors):
         if size is None:
             held += 2 * up(count * trained_itemsize(plan)) + up(4)  # and its step
             continue
-        eight_bit = size == 1 and count >= EIGHT_BIT_SMALLEST
+        eight_bit = size == 1 and count >= EIGHT_BIT_SMALLEST and i != embedding
         states = 2 * up(count * (1 if eight_bit else 4))
         if cuda and "paged" in plan.optim and count >= PAGED_SMALLEST:
             paged += states
         else:
             held += states
         held += 2 * up(4 * -(-count // 256)) if eight_bit else 0
-    if size == 1 and max(trained_tensors(plan)) >= EIGHT_BIT_SMALLEST:
+    if size == 1 and max(tensors) >= EIGHT_BIT_SMALLEST:
         held += 2 * 256 * 4  # the codes of the two states, shared by all
     return held, paged
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, errors, get_token
 
-from .adapters import PICKLES
+from .adapters import CONFIG, PICKLES, tensor_names
+from .models import open_weights, read_json, weight_files
 
 
 def push(folder, repo_id: str, private: bool = True) -> str:
@@ -16,7 +17,8 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     as private or public as it is. The Hub's address is HF_ENDPOINT's.
 
     Raises FileNotFoundError where the folder holds no *.safetensors, ValueError where
-    it holds pickled weights or has no README.md (a model without its card), and
+    it holds damaged or pickled weights or has no README.md (a model without its card),
+    and
     PermissionError where there is no token or the Hub does not let it write. The Hub
     hears nothing before the folder is in order.
     """
@@ -33,11 +35,18 @@ def push(folder, repo_id: str, private: bool = True) -> str:
             f"{sorted(pickles)[0]} is a pickle, and loading one can run any code: "
             "expected weights only in *.safetensors; move the file out of the folder"
         )
-    if not (folder / "README.md").is_file():
+    if (folder / CONFIG).exists():
+        tensor_names(folder)
+    else:
+        read_json(folder / "config.json", "model_type")
+        for file in weight_files(folder):
+            open_weights(file)
+    card = folder / "README.md"
+    if not card.is_file() or not card.read_text("utf-8").strip():
         raise ValueError(
-            f"{folder} has no README.md: expected a card that says what the model is, "
-            "its base and its licence; write a card, for example with card.write_card "
-            "or card.write_adapter_card"
+            f"{folder} has no README.md, or an empty one: expected a card that says "
+            "what the model is, its base and its licence; write a card, for example "
+            "with card.write_card or card.write_adapter_card"
         )
     token = get_token()
     if token is None:

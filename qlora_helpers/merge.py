@@ -118,8 +118,10 @@ def merge_folder(
             }
             text = json.dumps(index, indent=1)
             (made / models.INDEX).write_text(text, "utf-8")
-        copy_rest(source, made, [*models.CONFIGS, *models.TOKENIZER])
-        copy_rest(adapter, made, models.TOKENIZER)
+        copy_rest(source, made, models.CONFIGS)
+        # whole from one of them: a chat template of the other would change the prompt
+        own = any((adapter / name).exists() for name in models.VOCABULARIES)
+        copy_rest(adapter if own else source, made, models.TOKENIZER)
     return Path(out).expanduser()
 
 
@@ -345,13 +347,11 @@ def four_bit_weights(source: Path, adapter) -> dict[str, torch.dtype]:
 
 
 def copy_rest(source: Path, target: Path, patterns) -> None:
-    """Copy the files of a model that match a pattern, and its other chat templates."""
+    """Copy what matches a pattern from a model's folder."""
     for file in source.iterdir():
-        if file.is_file() and any(fnmatch(file.name, one) for one in patterns):
-            shutil.copyfile(file, target / file.name)
-    more = "additional_chat_templates"
-    if (source / more).is_dir():
-        shutil.copytree(source / more, target / more, dirs_exist_ok=True)
+        if any(fnmatch(file.name, one) for one in patterns):
+            copy = shutil.copytree if file.is_dir() else shutil.copyfile
+            copy(file, target / file.name)
 
 
 def main(arguments=None) -> None:

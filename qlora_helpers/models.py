@@ -213,7 +213,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # What belongs to a model beside its weights.
 TOKENIZER = (
     "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model"
-    " *.tiktoken *.jinja chat_template.json"
+    " *.tiktoken *.jinja chat_template.json additional_chat_templates*"
 ).split()
 CONFIGS = ("config.json", "generation_config.json")
 ADAPTER = "adapter_config.json"  # PEFT's file, which marks an adapter
@@ -240,7 +240,7 @@ def only_cached(source, revision=None) -> bool:
         return False
     if os.path.isfile(source):
         raise FileNotFoundError(f"{source} is a file: expected the folder of a model")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise FileNotFoundError(
             f"{source!r} is neither {EMBEDDED!r}, nor a directory here, nor a Hub id "
             f"like {UNGATED!r}"

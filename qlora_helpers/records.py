@@ -248,7 +248,30 @@ def prompt(record: dict, tokenizer, system: str | None) -> str:
         ) from None
     if system and system.strip() not in text:
         raise ValueError(f"the chat template leaves out the system message: {advice}")
+    if question(record).strip() not in text:
+        raise ValueError(
+            "the chat template leaves out or changes the question: use one that writes "
+            "the text of each message as it is"
+        )
     return text
+
+
+def whole_ids(record: dict, tokenizer, system: str | None) -> list[int]:
+    """The token ids of a record's prompt and output together, as TRL trains on them."""
+    output = record["output"]
+    if adds_special_tokens(tokenizer):
+        end = "" if output.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        return tokenizer(prompt(record, tokenizer, system) + output + end)["input_ids"]
+    answered = [{"role": "assistant", "content": output}]
+    whole = tokenizer.apply_chat_template(
+        messages(record, system) + answered, tokenize=False
+    )
+    if output.strip() not in whole:
+        raise ValueError(
+            "the chat template leaves out or changes the output: use one that writes "
+            "the text of each message as it is"
+        )
+    return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 def to_prompt_completion(
@@ -280,15 +303,17 @@ def to_prompt_completion(
         check(record, number)
         unused |= {str(name) for name in set(record) - KNOWN}
         text, output = prompt(record, tokenizer, system), record["output"]
-        if bare:
-            asked, answered = text, output
-            end = "" if output.endswith(tokenizer.eos_token) else tokenizer.eos_token
-            ids = tokenizer(text + output + end)["input_ids"]  # as TRL does it
-        else:
+        end = tokenizer.eos_token
+        if end and end in (output.removesuffix(end) if bare else output):
+            raise ValueError(
+                f"row {number}: output holds the end token {end!r}, so the model would "
+                "learn to stop there: remove it; it is added at the end by itself"
+            )
+        asked, answered = text, output
+        if not bare:
             asked = messages(record, system)
             answered = [{"role": "assistant", "content": output}]
-            whole = tokenizer.apply_chat_template(asked + answered, tokenize=False)
-            ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        ids = whole_ids(record, tokenizer, system)
         context = context_ids(text, tokenizer)
         if ids[: len(context)] != context:
             raise ValueError(

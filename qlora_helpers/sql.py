@@ -75,6 +75,7 @@ def extract_sql(text):
 
     An answer without any SELECT comes back as it is (and fails when it is run).
     """
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)  # Qwen3's and R1's
     fence = re.search(r"```[a-zA-Z]*\s*\n(.*?)(?:```|\Z)", text, re.S)
     text = (fence.group(1) if fence else text).strip()
     # "You can select ...: SELECT name": a keyword in capitals is the likelier start.
@@ -89,7 +90,11 @@ def extract_sql(text):
         text = text[: (text + "`").index("`", start.end())]
     if not fence:
         text = text[: start.end()] + re.split(r"\n\s*\n", text[start.end() :])[0]
-    semicolon = re.match(r"(?:'[^']*'|\"[^\"]*\"|[^;'\"])*;", text[start.start() :])
+    semicolon = re.match(
+        r"""(?>'[^']*'|"[^"]*"|\[[^]]*\]|--[^\n]*|/\*.*?\*/|[^;'"])*?;""",
+        text[start.start() :],
+        re.S,
+    )
     return (semicolon.group()[:-1] if semicolon else text[start.start() :]).strip()
 
 

@@ -3,11 +3,14 @@
 Notebook 06 writes the recipe out and explains each line.
 """
 
+import math
+
 import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -40,7 +43,13 @@ def nf4_config(profile: env.Profile) -> BitsAndBytesConfig:
 
 
 def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
-    """Adapters of rank r on all seven projections, scaled by alpha / r."""
+    """Adapters of rank r on all seven projections, scaled by alpha / r.
+
+    Raises ValueError unless both are above 0.
+    """
+    env.check_whole("r", r)
+    if not isinstance(alpha, int | float) or not alpha > 0:
+        raise ValueError(f"alpha is {alpha!r}: give a number above 0, such as {2 * r}")
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -69,6 +78,8 @@ def sft_config(
     Raises what `check_numbers` raises.
     """
     check_numbers(steps, batch, learning_rate)
+    if max_length is not None:
+        env.check_whole("max_length", max_length)
     return SFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -169,6 +180,11 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
             "because get_peft_model was called twice: load the base again, and call "
             "get_peft_model once"
         )
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise RuntimeError(
+            "not as the recipe asked: the adapters are merged into the weights, so "
+            "nothing can train: call model.unmerge_adapter() first"
+        )
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     plain = [  # of the output head and of the adapters themselves none is 4-bit
         name
@@ -177,6 +193,10 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         and "lora_" not in name
         and "lm_head" not in name
     ]
+    # a mixture of experts stacks its matrices, and bitsandbytes skips such a stack
+    plain += [n for n, p in model.named_parameters() if p.ndim > 2]
+    tuned = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    bare = len(layers) - sum(isinstance(m.get_base_layer(), Linear4bit) for m in tuned)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise RuntimeError(
@@ -217,6 +237,8 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
     trainer.remove_callback(AtStart)
     trainer.add_callback(AtStart(profile.checkpointing))
     print("in effect:", "; ".join(found))
+    if bare:
+        print(f"{bare} of {len(layers)} 4-bit layers have no adapter (target_modules)")
 
 
 def built_optimizer(trainer: SFTTrainer) -> str:
@@ -266,7 +288,10 @@ def check_rows(trainer: SFTTrainer) -> None:
     ends = trainer.model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     teach = cut = 0
+    longest = largest = 0
     for row, labels in labelled_rows(trainer):
+        longest = max(longest, len(row["input_ids"]))
+        largest = max(largest, *row["input_ids"])
         last = [label for label in labels if label != -100][-3:]  # then a line break
         ended = not ends.isdisjoint(last)
         teach += ended
@@ -284,14 +309,28 @@ def check_rows(trainer: SFTTrainer) -> None:
             f"({sorted(ends - {None})}): set tokenizer.eos_token to the token at which "
             "an answer ends"
         )
-    for i, (row, labels) in zip(range(8), labelled_rows(trainer), strict=False):
-        answer = next(n for n, label in enumerate(labels) if label != -100)
-        judged = records.context_ids(given[i]["prompt"], tokenizer)
-        if row["input_ids"][:answer] != judged:
+    positions = getattr(trainer.model.config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise RuntimeError(
+            f"the longest row has {longest:,} tokens, but the model was made for "
+            f"{positions:,}: leave such rows out with a smaller max_length"
+        )
+    known = trainer.model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise RuntimeError(
+            f"a row holds token {largest:,}, but the model has rows for {known:,} "
+            "tokens: train without added tokens, or resize the model's embeddings"
+        )
+    asked = tqdm(given["prompt"], desc="checking prompts", unit="row", delay=5)
+    judged = {tuple(records.context_ids(prompt, tokenizer)) for prompt in asked}
+    for i, (row, labels) in enumerate(labelled_rows(trainer)):
+        answer = next((n for n, label in enumerate(labels) if label != -100), 0)
+        # without a prompt in front, prompts_are_masked says what is wrong
+        if answer and tuple(row["input_ids"][:answer]) not in judged:
             raise RuntimeError(
-                f"row {i} is trained with {answer} prompt tokens but would be asked "
-                f"with {len(judged)} different ones: use a chat template that writes "
-                "the same prompt with and without the answer"
+                f"row {i} is trained with {answer} prompt tokens that no prompt has "
+                "when it is asked: use a chat template that writes the same prompt "
+                "with and without the answer"
             )
 
 
@@ -371,9 +410,9 @@ class LiveLoss(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         loss = float(logs["loss"])
-        if loss != loss:
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is NaN at step {state.global_step}: halve learning_rate; "
+                f"the loss is {loss} at step {state.global_step}: halve learning_rate; "
                 "on a T4 also look for fp16 overflow in the data's longest rows"
             )
         self.losses.append((state.global_step, loss))
@@ -383,6 +422,11 @@ class LiveLoss(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+        if not state.global_step:
+            raise RuntimeError(
+                "training ended without a step: there are fewer rows than one batch, "
+                "and dataloader_drop_last leaves that batch out"
+            )
         if self.losses:  # empty if logging is off or its interval exceeds the run
             self.draw()
 

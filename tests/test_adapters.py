@@ -12,7 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qlora_helpers import adapters, card, embedded, env, models, records, train
+from qlora_helpers import (
+    adapters,
+    card,
+    embedded,
+    env,
+    evaluate,
+    models,
+    records,
+    train,
+)
 
 BASE = {"name": "tiny", "revision": "a" * 40, "tensors_sha256": "0" * 64, "rows": 49152}
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
@@ -520,7 +529,9 @@ def test_a_saved_adapter_is_trained_further(saved, tmp_path):
     goes_on.train()
     again = adapters.save_adapter(goes_on.model, tokenizer, saved, BASE)
     loaded = adapters.load_adapter(base_model(), again, BASE).eval()
-    assert torch.equal(logits(loaded), logits(goes_on.model.eval()))
+    with evaluate._as_trained(loaded):  # in which accelerate leaves the trainer's model
+        again = logits(loaded).float()
+    assert torch.equal(again, logits(goes_on.model.eval()).float())
 
 
 def test_an_adapter_with_a_name_of_its_own_is_saved_as_one_folder(two, tmp_path):
@@ -643,3 +654,52 @@ def test_another_rank_than_the_config_says_gets_a_sentence(saved):
     (saved / "adapter_config.json").write_text(json.dumps(config | {"r": 8}), "utf-8")
     with pytest.raises(ValueError, match="do not fit the model or their adapter"):
         adapters.load_adapter(base_model(), saved, BASE)
+
+
+# ---- what one folder cannot hold, and what a refusal must not leave behind
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, "float16"])
+def test_a_dtype_that_would_lose_the_adapter_is_refused(model, dtype, tmp_path):
+    with pytest.raises(TypeError, match="dtype is .*: give torch.float32, bfloat16 or"):
+        adapters.save_adapter(model, None, tmp_path / "adapter", BASE, dtype=dtype)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value, dtype", [(1e5, torch.float16), (float("nan"), None)])
+def test_numbers_that_are_not_finite_are_not_saved(value, dtype, tmp_path):
+    model = adapted(0)
+    weights = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    weights.data[0, 0] = value
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        adapters.save_adapter(model, None, tmp_path / "adapter", BASE, dtype=dtype)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_that_got_adapters_twice_is_not_saved(tmp_path):
+    twice = get_peft_model(adapted(0), train.lora_config(r=4, alpha=8))
+    with pytest.raises(ValueError, match="a PeftModel within a PeftModel"):
+        adapters.save_adapter(twice, None, tmp_path / "adapter", BASE)
+
+
+def test_a_refused_adapter_leaves_the_base_as_it_was(model, saved, tmp_path):
+    bad = pathlib.Path(shutil.copytree(saved, tmp_path / "bad"))
+    tensors = load_file(bad / adapters.WEIGHTS)
+    last = sorted(tensors)[-1]
+    tensors[last] = tensors[last][:, :2].contiguous()
+    save_file(tensors, bad / adapters.WEIGHTS, metadata={"format": "pt"})
+    base = base_model()
+    before = logits(base)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        adapters.load_adapter(base, bad, BASE)
+    assert torch.equal(logits(base), before)
+    loaded = adapters.load_adapter(base, saved, BASE).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_base_that_carries_an_adapter_already_is_refused(model, saved):
+    base = base_model()
+    loaded = adapters.load_adapter(base, saved, BASE).eval()
+    with pytest.raises(ValueError, match="already carries adapter layers"):
+        adapters.load_adapter(base, saved, BASE)
+    assert torch.equal(logits(loaded), logits(model))  # the first one still works

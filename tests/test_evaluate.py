@@ -382,11 +382,15 @@ def test_the_system_message_can_be_another(parrot, database):
     model, tokenizer = parrot
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}<answer>"  # what comes first
-    answer = evaluate.ask("drop", model, tokenizer, database, system="all names")
+    answer = evaluate.ask("n", model, tokenizer, database, system="all names")
     assert answer.sql == LESSONS["all names"]
     assert evaluate.ask("drop", model, tokenizer, database, system=None).error
-    gold = {"instruction": "drop", "output": LESSONS["count"], "ordered": False}
-    for system, right in {"count": 1, "all names": 0, None: 0}.items():
+    for question, system, right in [
+        ("n", "count", 1),  # a letter of each system message
+        ("n", "all names", 0),
+        ("drop", None, 0),
+    ]:
+        gold = {"instruction": question, "output": LESSONS["count"], "ordered": False}
         found = evaluate.execution_accuracy(
             model, tokenizer, [gold], [database], system=system, batch_size=1
         )
@@ -443,7 +447,9 @@ def test_perplexity_gives_each_block_the_token_that_texts_begin_with(parrot):
     assert found.tokens == without.tokens and found.nll != without.nll
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"]
+)
 def test_a_prompt_begins_with_bos_where_no_template_writes_it(template, parrot):
     model, tokenizer = parrot[0], bos(parrot[1])
     tokenizer.chat_template = template

@@ -1,12 +1,15 @@
 """Pushing to the Hub: whole and private, or refused before anything is created."""
 
+import json
 import pathlib
 
 import hub_server
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard, constants, errors, snapshot_download
 from peft import get_peft_model
+from safetensors.torch import save_file
 
 from qlora_helpers import adapters, card, env, hub, models, train
 
@@ -21,9 +24,13 @@ def folder(tmp_path):
     """What push takes: two shards, a config and a card."""
     folder = tmp_path / "a model"
     folder.mkdir()
+    where = {}
     for part in (1, 2):
-        name = f"model-0000{part}-of-00002.safetensors"
-        (folder / name).write_bytes(bytes([part, 0, 255]) * 100_000)
+        file = f"model-0000{part}-of-00002.safetensors"
+        save_file({f"tensor {part}": torch.full((100_000,), part)}, folder / file)
+        where[f"tensor {part}"] = file
+    index = json.dumps({"metadata": {}, "weight_map": where})
+    (folder / models.INDEX).write_text(index, "utf-8")
     (folder / "config.json").write_text('{"model_type": "llama"}\n', "utf-8")
     (folder / "README.md").write_text(CARD, "utf-8")
     return folder
@@ -70,7 +77,7 @@ def test_what_was_pushed_comes_back_and_is_private(server, folder, tmp_path):
 
 def test_pushed_again_the_new_files_are_there(server, folder, tmp_path):
     hub.push(folder, "own/new", private=False)
-    (folder / "config.json").write_text("{}", "utf-8")
+    (folder / "config.json").write_text('{"model_type": "mistral"}', "utf-8")
     hub.push(folder, "own/new")
     assert server.created == {"own/new": False}  # a repository stays what it was
     assert contents(tmp_path / "uploads/own/new") == contents(folder)
@@ -122,6 +129,22 @@ def test_a_model_without_its_card_stays_here(server, folder):
     with pytest.raises(ValueError, match=r"has no README\.md"):
         hub.push(folder, "own/new")
     assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    "damage, error, said",
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:1000]), ValueError, "damaged"),
+        (lambda f: f.unlink(), FileNotFoundError, "00001-of-00002"),
+        (lambda f: (f.parent / "config.json").unlink(), FileNotFoundError, "config"),
+        (lambda f: (f.parent / "README.md").write_text(""), ValueError, "an empty one"),
+    ],
+)
+def test_a_damaged_model_stays_here(damage, error, said, server, folder):
+    damage(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(error, match=said):
+        hub.push(folder, "own/new")
+    assert not server.seen
 
 
 def test_a_folder_without_weights_stays_here(server, folder, tmp_path):

@@ -16,10 +16,11 @@ from transformers import (
     GPT2Config,
     GPTQConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     Qwen2Config,
     TrainingArguments,
 )
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import (
     env,
@@ -280,6 +281,34 @@ def test_states_in_8_bits(tmp_path):
     if env.profile().use_cpu:
         assert predicted.paged == 0
         assert predicted.kinds["optimizer"] == states
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_trains_keeps_32_bit_states(tmp_path, tied):
+    config = models.llama_config("tiny")
+    config.tie_word_embeddings, config.dtype = tied, torch.float32
+    settings = SFTConfig(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        max_length=64,
+        optim="adamw_bnb_8bit",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=LlamaForCausalLM(copy.deepcopy(config)),
+        args=settings,
+        train_dataset=Dataset.from_dict({"input_ids": [[*range(10, 74)]] * 2}),
+        processing_class=AutoTokenizer.from_pretrained(embedded_dir()),
+    )
+    trainer.train()
+    states = memory.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
+    predicted = memory.predict(config, None, None, settings, Extras(device="cpu"))
+    assert predicted.kinds["optimizer"] == states
 
 
 def test_only_large_tensors_are_paged():

@@ -16,6 +16,7 @@ from test_adapters import IDS, adapted, base_model, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers import adapters, env, evaluate, memory, merge, models, records, train
+from qlora_helpers.embedded import embedded_dir
 
 
 @pytest.fixture(scope="module")
@@ -631,3 +632,21 @@ def test_a_merge_into_4_bits_is_dequantize_add_quantize():
     kept = dequantize_4bit(now, now.quant_state)
     assert torch.equal(kept, merge.through_nf4((four.float() + change).detach()))
     assert not torch.equal(logits(merged), logits(before))
+
+
+@pytest.mark.parametrize("brings", [True, False])
+def test_a_merged_model_has_one_tokenizer_whole(tiny, tmp_path, brings):
+    """A chat template that only the base has would change a trained prompt."""
+    base = shutil.copytree(tiny[0], tmp_path / "base")
+    AutoTokenizer.from_pretrained(embedded_dir()).save_pretrained(base)
+    own = AutoTokenizer.from_pretrained(embedded_dir())
+    own.chat_template = None
+    adapter = adapters.save_adapter(
+        adapted(0),
+        own if brings else None,
+        tmp_path / "adapter",
+        models.base_identity(str(base)),
+    )
+    out = merge.merge_folder(str(base), adapter, tmp_path / "out", "original")
+    template = AutoTokenizer.from_pretrained(out).chat_template
+    assert (template is None) == brings

@@ -682,7 +682,9 @@ def test_a_home_folder_s_sign_is_read(tiny_dir, monkeypatch):
     assert model.config.hidden_size == 64
 
 
-@pytest.mark.parametrize("name", ["no-such-folder", "./no/such/folder", "a b/c", ""])
+@pytest.mark.parametrize(
+    "name", ["no-such-folder", "./no/such/folder", "./none", "../none", "a b/c", ""]
+)
 def test_neither_directory_nor_hub_id(name):
     with pytest.raises(FileNotFoundError, match="neither 'embedded', nor a directory"):
         models.load_base(name)

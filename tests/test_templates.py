@@ -198,3 +198,48 @@ def test_07_runs_on_a_base_without_a_template(base, tmp_path):
         assert f"{claim}: holds" in whole
     assert "the stranger failed" not in whole
     assert "as it was trained" in whole and "### Instruction: " not in whole
+
+
+PARTS = (  # as models that also see pictures have it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m['content'] %}"
+    "{% if c.type == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ONLY_ASKS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}"
+    "<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, lost", [(PARTS, "the question"), (ONLY_ASKS, "the output")]
+)
+def test_a_template_that_leaves_out_a_text_is_refused(template, lost):
+    tokenizer = of_a_base(template)
+    with pytest.raises(ValueError, match=f"leaves out or changes {lost}"):
+        records.to_prompt_completion(ROWS, tokenizer, system=None)
+
+
+@pytest.mark.parametrize("name", ["embedded", "llama 2", "llama 3", "none"])
+def test_logits_are_those_of_the_tokens_that_were_trained(name):
+    tokenizer = of_a_base(TEMPLATES[name])
+    model, seen = models.random_llama("tiny"), []
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda layer, given: seen.append(given[0][0].tolist())
+    )
+    record = {"instruction": "Name a bird.", "input": "", "output": "Owl"}
+    logits = evaluate.answer_logits(model, tokenizer, [record], system=None)
+    trained = records.whole_ids(record, tokenizer, None)
+    before = len(
+        records.context_ids(records.prompt(record, tokenizer, None), tokenizer)
+    )
+    end = trained.index(tokenizer.eos_token_id, before)
+    assert seen == [trained[:end]]  # its last logits are those of the end token
+    assert len(logits) == 1 + end - before
+
+
+def test_an_end_token_within_an_output_is_refused():
+    row = {"instruction": "Name a bird.", "input": "", "output": f"Owl{END}, or a crow"}
+    for template in (..., None):
+        with pytest.raises(ValueError, match="row 0: output holds the end token"):
+            records.to_prompt_completion([row], of_a_base(template), system=None)

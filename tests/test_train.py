@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from qlora_helpers import (
@@ -323,6 +323,7 @@ def test_where_no_row_is_left_it_is_said(model, tokenizer, tmp_path):
 
 def test_a_length_of_ones_own_goes_for_records_and_trainer(model, tokenizer, tmp_path):
     some = [{"instruction": "Tell.", "input": "", "output": "word " * 700}] * 4
+    model.config.max_position_embeddings = 1024
     settings = train.sft_config(env.profile(), str(tmp_path / "r"), 1, 2, 1e-2, 1024)
     dataset = rows(tokenizer, some, max_length=1024)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
@@ -535,3 +536,83 @@ def test_a_wrong_answer_is_told_and_stops_nothing(check, wrong, capsys):
     said = capsys.readouterr().out
     assert "not yet" in said and ("yours" in said or "raises" in said)
     assert len(said.splitlines()) == 1
+
+
+# ---- what would train on nothing, or not as it says
+
+
+def test_stacked_experts_in_16_bits_are_noticed(trainer):
+    trainer.model.base_model.model.experts = torch.nn.Parameter(
+        torch.zeros(2, 4, 4), requires_grad=False
+    )
+    with pytest.raises(RuntimeError, match=r"asked for it: [^(]*linear layers are NF4"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_layers_without_an_adapter_are_counted(tokenizer, tmp_path, capsys):
+    base = models.random_llama("tiny", train.nf4_config(env.profile()))
+    some = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    model = get_peft_model(base, some)
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    train.check_effective(trainer, env.profile())
+    assert "12 of 14 4-bit layers have no adapter" in capsys.readouterr().out
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused(trainer):
+    trainer.model.config.max_position_embeddings = 40
+    with pytest.raises(RuntimeError, match="but the model was made for 40: leave"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_a_token_without_a_row_is_refused(model, tokenizer, tmp_path):
+    own = AutoTokenizer.from_pretrained(embedded.embedded_dir())
+    own.add_tokens(["<sql>"])
+    some = [{"instruction": "Say it.", "input": "", "output": "<sql>"}] * 4
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    trainer = train.build_trainer(model, own, rows(own, some), settings)
+    with pytest.raises(RuntimeError, match="token 49,152, but the model has rows for"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_merged_adapters_are_refused(trainer):
+    trainer.model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"call model\.unmerge_adapter"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_shuffled_rows_are_no_fault(model, tokenizer, tmp_path):
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    settings.shuffle_dataset = True
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    train.check_effective(trainer, env.profile())
+
+
+def test_a_prompt_that_carries_loss_is_called_so(model, tokenizer, tmp_path):
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    settings.completion_only_loss = False
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    with pytest.raises(RuntimeError, match=r"asked for it: [^(]*carries no loss"):
+        train.check_effective(trainer, env.profile())
+
+
+def test_a_run_without_a_step_is_an_error(model, tokenizer, tmp_path):
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 64, 1e-2)
+    settings.dataloader_drop_last = True
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    with pytest.raises(RuntimeError, match="ended without a step"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "given, named", [((0, 8), "r is 0"), ((4.5, 8), "r is 4.5"), ((4, 0), "alpha is 0")]
+)
+def test_an_adapter_that_cannot_learn_is_refused(given, named):
+    with pytest.raises(ValueError, match=named):
+        train.lora_config(*given)
+
+
+@pytest.mark.parametrize("length", [0, -5, "512", 1.5])
+def test_a_length_that_is_none_is_refused(length, tmp_path):
+    with pytest.raises(ValueError, match="max_length is"):
+        train.sft_config(env.profile(), str(tmp_path), 1, 4, 1e-2, max_length=length)

@@ -114,7 +114,8 @@ def reports(request, tmp_path_factory):
         return report(NOTEBOOKS[number], SMALL[number], cache)
 
     # cells of notebooks, which nbval collects, have no fixtures
-    users = (i for i in request.session.items if "reports" in getattr(i, "fixturenames", ()))
+    items = request.session.items
+    users = [i for i in items if "reports" in getattr(i, "fixturenames", ())]
     chosen = {item.callspec.params["number"] for item in users}
     with ThreadPoolExecutor(2) as pool:
         yield {number: pool.submit(of_notebook, number) for number in sorted(chosen)}
