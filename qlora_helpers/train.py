@@ -43,13 +43,7 @@ def nf4_config(profile: env.Profile) -> BitsAndBytesConfig:
 
 
 def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
-    """Adapters of rank r on all seven projections, scaled by alpha / r.
-
-    Raises ValueError unless both are above 0.
-    """
-    env.check_whole("r", r)
-    if not isinstance(alpha, int | float) or not alpha > 0:
-        raise ValueError(f"alpha is {alpha!r}: give a number above 0, such as {2 * r}")
+    """Adapters of rank r on all seven projections, scaled by alpha / r."""
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -78,8 +72,6 @@ def sft_config(
     Raises what `check_numbers` raises.
     """
     check_numbers(steps, batch, learning_rate)
-    if max_length is not None:
-        env.check_whole("max_length", max_length)
     return SFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -144,6 +136,8 @@ def check_given(dataset, settings: SFTConfig) -> None:
     silently take a batch for each of them), and ValueError for other rows than those of
     `records.to_prompt_completion` or of tokens.
     """
+    if settings.max_length is not None:
+        env.check_whole("max_length", settings.max_length)
     if settings.n_gpu > 1:
         raise RuntimeError(
             f"this process sees {settings.n_gpu} GPUs, but the recipe trains on one: "
@@ -196,6 +190,11 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
     # a mixture of experts stacks its matrices, and bitsandbytes skips such a stack
     plain += [n for n, p in model.named_parameters() if p.ndim > 2]
     tuned = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if any(0 in getattr(module, "scaling", {}).values() for module in tuned):
+        raise RuntimeError(
+            "not as the recipe asked: alpha is 0, so the adapters change nothing: give "
+            "lora_config a number above 0"
+        )
     bare = len(layers) - sum(isinstance(m.get_base_layer(), Linear4bit) for m in tuned)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:

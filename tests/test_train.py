@@ -604,15 +604,18 @@ def test_a_run_without_a_step_is_an_error(model, tokenizer, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(
-    "given, named", [((0, 8), "r is 0"), ((4.5, 8), "r is 4.5"), ((4, 0), "alpha is 0")]
-)
-def test_an_adapter_that_cannot_learn_is_refused(given, named):
-    with pytest.raises(ValueError, match=named):
-        train.lora_config(*given)
+def test_an_adapter_that_cannot_learn_is_refused(tokenizer, tmp_path):
+    base = models.random_llama("tiny", train.nf4_config(env.profile()))
+    model = get_peft_model(base, train.lora_config(r=4, alpha=0))
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    with pytest.raises(RuntimeError, match="alpha is 0, so the adapters"):
+        train.check_effective(trainer, env.profile())
 
 
 @pytest.mark.parametrize("length", [0, -5, "512", 1.5])
-def test_a_length_that_is_none_is_refused(length, tmp_path):
+def test_a_length_that_is_none_is_refused(length, model, tokenizer, tmp_path):
+    settings = train.sft_config(env.profile(), str(tmp_path), 1, 4, 1e-2)
+    settings.max_length = length
     with pytest.raises(ValueError, match="max_length is"):
-        train.sft_config(env.profile(), str(tmp_path), 1, 4, 1e-2, max_length=length)
+        train.build_trainer(model, tokenizer, rows(tokenizer), settings)
