@@ -110,7 +110,8 @@ def check_place(file: Path, source: Path) -> None:
     if file.samefile(source):
         raise FileExistsError(f"{file} is the source itself: name another file")
     with file.open("rb") as opened:
-        if OURS.encode() not in opened.read(4096):
+        start = opened.read(4096)
+        if not start.startswith(b"GGUF") or OURS.encode() not in start:
             raise FileExistsError(
                 f"{file} exists and this package did not write it, so it would be lost:"
                 " name another file"

@@ -546,10 +546,10 @@ def test_no_other_file_is_replaced(small, tmp_path):
         with pytest.raises(FileExistsError, match="is the source itself: name another"):
             ship.to_gguf(folder, source, file)
     assert source.read_bytes() == before
-    (tmp_path / "notes.txt").write_text("weeks of work")
+    (tmp_path / "notes.txt").write_text(f"{ship.OURS}: weeks of work")
     with pytest.raises(FileExistsError, match="this package did not write it, so it"):
         ship.to_gguf(folder, source, tmp_path / "notes.txt")
-    assert (tmp_path / "notes.txt").read_text() == "weeks of work"
+    assert (tmp_path / "notes.txt").read_text() == f"{ship.OURS}: weeks of work"
     with pytest.raises(FileExistsError, match="is a folder: name a file in it"):
         ship.to_gguf(folder, source, folder)
     theirs = write_source(tmp_path / "theirs.gguf", llama())
