@@ -18,9 +18,8 @@ def push(folder, repo_id: str, private: bool = True) -> str:
 
     Raises FileNotFoundError where the folder holds no *.safetensors, ValueError where
     it holds damaged or pickled weights or has no README.md (a model without its card),
-    and
-    PermissionError where there is no token or the Hub does not let it write. The Hub
-    hears nothing before the folder is in order.
+    and PermissionError where there is no token or the Hub does not let it write. The
+    Hub hears nothing before the folder is in order.
     """
     folder = Path(folder).expanduser()
     if not any(folder.glob("*.safetensors")):
