@@ -19,7 +19,7 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 setup: $(READY)
-	@$(PY) -m qlora_helpers.course fetch
+	@$(PY) -m tools.course fetch
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or \
@@ -29,18 +29,18 @@ $(READY): requirements.txt
 	touch $(READY)
 
 lab: setup
-	$(PY) -m qlora_helpers.course learner
+	$(PY) -m tools.course learner
 	$(PY) -m jupyterlab --notebook-dir=. my_course/00_start_here.ipynb
 
 run: setup
-	$(PY) -m qlora_helpers.course run
+	$(PY) -m tools.course run
 
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
 outputs: setup
-	$(PY) -m qlora_helpers.course outputs $(NOTEBOOKS)
+	$(PY) -m tools.course outputs $(NOTEBOOKS)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -31,8 +31,7 @@ class QLoRALinear(torch.nn.Module):
 
     `weight` is (out, in); `dtype` is the compute dtype of the frozen product. Maps
     (..., in) to (..., out) in the dtype of its input. A, (r, in), and B, (out, r), are
-    fp32 parameters; all else are buffers, which no optimizer sees. A class, since
-    torch.nn.Module is one.
+    fp32 parameters; all else are buffers, which no optimizer sees.
 
     Raises ValueError for weights that are NaN or infinite. Source: QLoRA eq. 5 and 6.
     """

@@ -1,6 +1,6 @@
-"""For authors: run the course, record its outputs, build the learner's face.
+"""Run the course, store its outputs, and build the learner's face.
 
-Use: python -m qlora_helpers.course outputs|learner|run|stamp|fetch [NOTEBOOK ...]
+Use: python -m tools.course outputs|learner|run|stamp|fetch [NOTEBOOK ...]
 """
 
 import argparse
@@ -88,7 +88,11 @@ def execute(path, notebook=None):
 
 
 def clean(notebook):
-    """Strip in place what is no part of the lesson: timing, widgets, stderr, kernel."""
+    """Strip in place what is no part of the lesson: timing, widgets, stderr, kernel.
+
+    nbclient's `coalesce_streams` would put what a cell prints after a figure before it,
+    and nbconvert's ClearMetadataPreprocessor leaves the metadata of markdown cells.
+    """
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
@@ -98,11 +102,9 @@ def clean(notebook):
         for output in cell.outputs:
             if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
                 continue  # log lines and progress bars
-            again = kept and output.get("name") == kept[-1].get("name") is not None
-            if again:
-                kept[
-                    -1
-                ].text += output.text  # one stream in however many pieces it came
+            last = kept[-1] if kept else {}
+            if output.output_type == "stream" and last.get("name") == output.name:
+                last.text += output.text  # one stream, in however many pieces it came
             else:
                 kept.append(output)
         cell.outputs = kept
@@ -200,8 +202,8 @@ def learner(folder=NOTEBOOKS, target=LEARNER) -> None:
             print_of_built, print_of_copy = _prints(copy)
             if print_of_copy != print_of_built:
                 newer = print_of_new != print_of_built
-                print(f"{copy.name}: kept as you changed it", end="")
-                print("; rename it to get the new version" * newer)
+                more = "; rename it to get the new version" if newer else ""
+                print(f"{copy.name}: kept as you changed it{more}")
                 continue
         new.metadata["built_sha256"] = print_of_new
         _write(copy, nbformat.writes(new))
@@ -345,7 +347,7 @@ def _progress(name):
 
 def main(arguments=None) -> int:
     """The command line; 1 if a notebook failed, 2 for a wrong name."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_helpers.course")
+    parser = argparse.ArgumentParser(prog="python -m tools.course")
     parser.add_argument(
         "command", choices=["outputs", "learner", "run", "stamp", "fetch"]
     )
