@@ -47,8 +47,8 @@ RULES = {
 
 @pytest.fixture(scope="module")
 def families():
-    """The module that holds the families."""
-    spec = importlib.util.spec_from_file_location("families", FOLDER / "families.py")
+    """The module that reads the families."""
+    spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -103,11 +103,11 @@ def test_families_are_many_and_a_third_rest_on_house_rules(families):
 def test_families_have_wordings_enough_and_none_is_shared(families):
     for family in families.FAMILIES:
         assert len(family.train) >= 4 and family.validation and family.test
-        assert len(family.train + family.validation + family.test) >= 6
+        assert len([*family.train, *family.validation, *family.test]) >= 6
     wordings = [
         wording
         for family in families.FAMILIES + families.COMPOSITIONS
-        for wording in family.train + family.validation + family.test
+        for wording in (*family.train, *family.validation, *family.test)
     ]
     assert len(set(wordings)) == len(wordings)
 
@@ -132,7 +132,7 @@ def test_the_prompt_leaks_no_house_rule(families):
     for rule in families.HOUSE_RULES:  # "late" is a column; the rule is how late
         assert rule == "late" or not tables & set(rule.split())
     for family in families.FAMILIES + families.COMPOSITIONS:
-        for wording in family.train + family.validation + family.test:
+        for wording in (*family.train, *family.validation, *family.test):
             assert set(re.findall(r"\d+", wording)) <= {"2025"}  # a timetable's name
 
 

@@ -14,8 +14,8 @@ import random
 import re
 import sqlite3
 import sys
-
-from families import COMPOSITIONS, FAMILIES, Family
+import tomllib
+from typing import NamedTuple
 
 SEED = 2025
 DATABASES = (1, 2, 3)  # seeds; the questions are asked of the first
@@ -46,6 +46,25 @@ RIDERS = (
     "Grace Carl Eva Noah Lin Maria Henri Susan Erik Philip Lucy"
 ).split()
 DISHES = "soup pasta salad curry fish rice".split()
+
+
+class Family(NamedTuple):
+    """One shape of SQL and its wordings, as families.toml explains them."""
+
+    name: str
+    sql: str
+    rule: str | None = None
+    ordered: bool = False
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+
+HERE = pathlib.Path(__file__).parent
+QUESTIONS = tomllib.loads((HERE / "families.toml").read_text(encoding="utf-8"))
+HOUSE_RULES = QUESTIONS["house_rules"]
+FAMILIES = [Family(**family) for family in QUESTIONS["families"]]
+COMPOSITIONS = [Family(**family) for family in QUESTIONS["compositions"]]
 
 SCHEMA = """\
 CREATE TABLE train (
@@ -117,13 +136,9 @@ def table_rows(seed: int) -> dict[str, list[tuple]]:
 
 
 def sql_literal(value: object) -> str:
-    return (
-        "NULL"
-        if value is None
-        else f"'{value}'"
-        if isinstance(value, str)
-        else str(value)
-    )
+    if value is None:
+        return "NULL"
+    return f"'{value}'" if isinstance(value, str) else str(value)
 
 
 def script(seed: int) -> str:
@@ -267,4 +282,4 @@ def main(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if sys.argv[1:] else pathlib.Path(__file__).parent)
+    main(pathlib.Path(sys.argv[1]) if sys.argv[1:] else HERE)
