@@ -10,7 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from . import env, models
-from .embedded import SMOLLM2
+from qlora_helpers.models.embedded import SMOLLM2
 from .evaluate import Accuracy
 
 CARD = "README.md"

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from . import fit, formulas, memory, models, plan, quant, records, sql
-from .embedded import embedded_dir
+from qlora_helpers.models.embedded import embedded_dir
 
 
 def _try(name, function, cases, same=lambda yours, expected: yours == expected):

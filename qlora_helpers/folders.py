@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from .card import CARD, is_own_card
-from .embedded import sha256
+from qlora_helpers.models.embedded import sha256
 
 # What a person or a tool may put beside our files: it is kept when they are replaced.
 KEPT = (CARD, ".gitattributes", ".ipynb_checkpoints", ".DS_Store")

