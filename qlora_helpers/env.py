@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import logging
+import numbers
 import os
 import pathlib
 import platform
@@ -26,6 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 GIB = 2**30
+LARGEST_GIB = 1000  # no GPU has as much; a number like 8192 is in MB
 ROOT = pathlib.Path(__file__).resolve().parents[1]  # the repository
 UNGATED = "HuggingFaceTB/SmolLM2-1.7B-Instruct"  # a GPU needs a larger Llama
 CGROUP = pathlib.Path("/sys/fs/cgroup")  # where Linux keeps a container's limits
@@ -81,7 +83,7 @@ def profile(force: str | None = None) -> Profile:
         kind = "cpu"
         if has_gpu:
             kind = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    chosen = _profile_of(kind)
+    chosen = _of_kind(kind)
     if kind != "cpu" and not has_gpu:
         raise RuntimeError(
             f"profile {kind!r} needs an NVIDIA GPU and torch sees none: unset "
@@ -90,17 +92,17 @@ def profile(force: str | None = None) -> Profile:
     return chosen
 
 
-def elsewhere(kind: str) -> Profile:
+def profile_of(kind: str) -> Profile:
     """The profile of another machine, to plan a run with: nothing can run on it here.
 
     Where this machine has no GPU, `use_cpu` is set: else transformers makes no settings
     in bf16. Raises ValueError for an unknown kind.
     """
-    planned = _profile_of(kind)
+    planned = _of_kind(kind)
     return planned._replace(use_cpu=not torch.cuda.is_available())
 
 
-def _profile_of(kind: str) -> Profile:
+def _of_kind(kind: str) -> Profile:
     if kind not in ("cpu", "fp16", "bf16"):
         raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
     gpu = kind != "cpu"
@@ -155,6 +157,16 @@ def check_whole(name: str, value) -> None:
     """Raise ValueError unless `value` is a whole number from 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+
+
+def check_gib(name, gib) -> None:
+    """Raise ValueError unless `gib` can be the memory of one GPU, in GiB."""
+    number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
+    if not number or not 0 < gib < LARGEST_GIB:
+        raise ValueError(
+            f"{name} is {gib!r}, expected the memory of one GPU in GiB: give a number "
+            f"above 0 and below {LARGEST_GIB}, such as 15 for a T4"
+        )
 
 
 def version_tuple(text: str) -> tuple[int, ...]:

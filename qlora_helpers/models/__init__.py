@@ -7,7 +7,13 @@ from qlora_helpers.models.load import (
     load_base,
     repeats_keys_and_values,
 )
-from qlora_helpers.models.shapes import SHAPES, config_of, llama_config
+from qlora_helpers.models.shapes import (
+    PROJECTIONS,
+    SHAPES,
+    config_of,
+    llama_config,
+    projections,
+)
 from qlora_helpers.models.skeletons import random_llama, skeleton
 from qlora_helpers.models.sources import (
     EMBEDDED,
@@ -19,6 +25,7 @@ from qlora_helpers.models.sources import (
 __all__ = [
     "EMBEDDED",
     "KNOWN_MODELS",
+    "PROJECTIONS",
     "SHAPES",
     "UNGATED",
     "base_folder",
@@ -28,6 +35,7 @@ __all__ = [
     "embedded_dir",
     "llama_config",
     "load_base",
+    "projections",
     "random_llama",
     "repeats_keys_and_values",
     "skeleton",

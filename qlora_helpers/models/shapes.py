@@ -15,6 +15,16 @@ from qlora_helpers.models.sources import (
     source_of,
 )
 
+PROJECTIONS = [  # every linear layer of a Llama block
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+]
+
 
 class Shape(NamedTuple):
     """The numbers that make a Llama's shape; shapes.toml explains them."""
@@ -94,3 +104,19 @@ def llama_config(shape: str) -> LlamaConfig:
         rope_parameters=numbers.rope,
         rms_norm_eps=1e-5,
     )
+
+
+def projections(config) -> dict[str, tuple[int, int]]:
+    """The seven matrices of a layer: (outputs, inputs)."""
+    h, f = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or h // config.num_attention_heads
+    q, kv = head * config.num_attention_heads, head * config.num_key_value_heads
+    return {
+        "q_proj": (q, h),
+        "k_proj": (kv, h),
+        "v_proj": (kv, h),
+        "o_proj": (h, q),
+        "gate_proj": (f, h),
+        "up_proj": (f, h),
+        "down_proj": (h, f),
+    }

@@ -8,9 +8,9 @@ tests hold the formulas to it.
 
 import torch
 
-from .plan import OPTIMIZERS, Plan, projections
+from qlora_helpers.memory.planned_run import OPTIMIZERS, Plan, projections
+from qlora_helpers.quant import BLOCK, SCALE_BLOCK
 
-BLOCK, SCALE_BLOCK = 64, 256  # weights to a scale, scales to a second one
 HEAD_TOKENS, HEAD_VOCAB = 4096, 32768  # the tile of logits of TRL's fused loss
 EIGHT_BIT_SMALLEST = 4096  # numbers; a smaller tensor's states stay in fp32
 PAGED_SMALLEST = 100_000  # numbers of a state that bitsandbytes pages
@@ -106,14 +106,14 @@ def step_bytes(plan: Plan) -> int:
     return gradient_bytes(plan) if all_at_once else 0
 
 
-def stream(plan: Plan) -> int:
-    """Bytes of a number between the layers: fp32 after the casts of kbit training."""
+def between_layers(plan: Plan) -> int:
+    """Bytes of a number that passes from layer to layer: fp32 after the kbit casts."""
     return 4 if plan.extras.kbit_casts else plan.compute
 
 
 def layer_bytes(plan: Plan) -> int:
     """What one layer keeps for its backward pass."""
-    config, c, e = plan.config, plan.compute, stream(plan)
+    config, c, e = plan.config, plan.compute, between_layers(plan)
     shapes = projections(config)
     h, f = config.hidden_size, config.intermediate_size
     q, kv = shapes["q_proj"][0], shapes["k_proj"][0]
@@ -160,14 +160,15 @@ def _kept_input(plan, users) -> int:
     c = plan.compute
     if plan.dropout:  # each its own
         return users * (c + _mask(plan))
-    return c * (users if _casts_inputs(plan) or stream(plan) != c else min(users, 1))
+    each_its_own = _casts_inputs(plan) or between_layers(plan) != c
+    return c * (users if each_its_own else min(users, 1))
 
 
 def activation_bytes(plan: Plan) -> tuple[int, int, int]:
     """(what all layers keep, what the last one makes again, what the first holds)."""
     config, tokens = plan.config, plan.rows * plan.length
     layers, layer = config.num_hidden_layers, layer_bytes(plan)
-    checkpoint = stream(plan) * config.hidden_size * tokens
+    checkpoint = between_layers(plan) * config.hidden_size * tokens
     if not plan.every:
         kept = layers * layer
         if plan.targets:  # frozen embeddings: nothing goes back through the first norm
@@ -176,14 +177,16 @@ def activation_bytes(plan: Plan) -> tuple[int, int, int]:
         return kept, 0, layer
     checkpointed = -(-layers // plan.every)
     kept = checkpointed * checkpoint + (layers - checkpointed) * layer
-    again = layer - (checkpoint if stream(plan) == 4 else 0)  # the norm's input is it
+    again = layer
+    if between_layers(plan) == 4:
+        again -= checkpoint  # it is the norm's input
     last = again if (layers - 1) % plan.every == 0 else 0
     return kept, last, checkpoint + again
 
 
 def end_bytes(plan: Plan) -> int:
     """What the last norm, the head and the rotary tables keep."""
-    config, e = plan.config, stream(plan)
+    config, e = plan.config, between_layers(plan)
     head = projections(config)["q_proj"][0] // config.num_attention_heads
     token = 4 * config.hidden_size + 4
     if not (plan.full_logits and plan.targets):  # the fused loss keeps its input
@@ -195,7 +198,7 @@ def end_bytes(plan: Plan) -> int:
 
 def loss_bytes(plan: Plan) -> tuple[int, int]:
     """What the loss holds in its backward pass, and the head's gradient after it."""
-    config, c, e = plan.config, plan.compute, stream(plan)
+    config, c, e = plan.config, plan.compute, between_layers(plan)
     h, vocab = config.hidden_size, config.vocab_size
     gradient = 0 if plan.targets else c * vocab * h
     if plan.full_logits:  # log-probabilities and two gradients, in fp32
@@ -223,7 +226,7 @@ def turning_bytes(plan: Plan) -> dict[str, tuple[int, int]]:
 
     {moment: (activations, dequantized weight)}
     """
-    config, e, c = plan.config, stream(plan), plan.compute
+    config, e, c = plan.config, between_layers(plan), plan.compute
     h, f, tokens = config.hidden_size, config.intermediate_size, plan.rows * plan.length
     wide, incoming = f * tokens, e * h * tokens
     scratch = dequantized_bytes((h, f), c, plan.double) if plan.four_bit else 0

@@ -1,10 +1,8 @@
-"""Predict the bytes of a training run from its configs, and measure them."""
+"""Measure the bytes of a training run, and hold torch to a smaller card."""
 
 import contextlib
-import numbers
 import threading
 import weakref
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -12,109 +10,8 @@ from bitsandbytes.nn import Params4bit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import env, formulas
-from .plan import Extras, read
-
-# cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
-# which data/measured/memory_grid.json agrees; other cards' are smaller.
-WORKSPACES = 2 * 32 * 2**20
-LARGEST_GIB = 1000  # no GPU has as much; a number like 8192 is in MB
-
-
-class Prediction(NamedTuple):
-    """What a run will hold, in bytes."""
-
-    weights: dict[str, int]  # the base model, by kind
-    kept: int  # what the forward pass keeps for the backward pass
-    moments: dict[str, dict[str, int]]  # each moment that can be the peak, by kind
-    paged: int  # optimizer states in managed memory, which torch does not count
-
-    @property
-    def moment(self) -> str:
-        """The moment that holds most."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def kinds(self) -> dict[str, int]:
-        """Bytes by kind at that moment."""
-        return self.moments[self.moment]
-
-    @property
-    def peak(self) -> int:
-        """Bytes at that moment."""
-        return sum(self.kinds.values())
-
-
-def predict(
-    model_config,
-    bnb_config=None,
-    lora_config=None,
-    sft_config=None,
-    extras: Extras | None = None,
-) -> Prediction:
-    """The bytes of a training run, from its configs alone.
-
-    model_config: a LlamaConfig or a name of models.SHAPES. bnb_config: a 4-bit
-    BitsAndBytesConfig; left out, weights are as model_config.dtype says (16-bit, or
-    fp32). lora_config: left out, every weight trains. sft_config: batch, max_length,
-    optimizer, checkpointing, mixed precision; it must be given. Rows count as full:
-    `max_length` tokens, no padding, loss on each.
-
-    On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
-    after the first. Raises TypeError or ValueError, naming the setting, for a setting
-    that is not counted: plan.COUNTED and plan.HARMLESS list those that may be set.
-    """
-    plan = read(model_config, bnb_config, lora_config, sft_config, extras)
-    weights = formulas.weight_bytes(plan)
-    gradients = formulas.gradient_bytes(plan)
-    states, paged = formulas.optimizer_bytes(plan)
-    kept, last, first = formulas.activation_bytes(plan)
-    ends = formulas.end_bytes(plan)
-    in_loss, of_head = formulas.loss_bytes(plan)
-    # tied: the head's gradient waits for the embedding's, then their sum is made
-    tied = plan.config.tie_word_embeddings
-    early = of_head
-    begun = of_head + gradients // plan.config.num_hidden_layers
-    ending = gradients - (0 if tied else of_head)
-    if plan.accumulates:  # from the second batch on they are there all the time
-        early = begun = ending = gradients
-    moments = {
-        "the loss, backward": {
-            "activations": kept + ends,
-            "logits and loss": in_loss,
-            "gradients": early,
-        }
-    }
-    turns = formulas.turning_bytes(plan).items()
-    for layer, held, of_layers in [
-        ("last layer", kept + last, begun),
-        ("first layer", first, ending),
-    ]:
-        for part, (extra, scratch) in turns:
-            moments[f"{layer}: {part}"] = {
-                "activations": held + extra,
-                "dequantized weight": scratch,
-                "gradients": of_layers,
-            }
-    if not plan.every:  # it is not gone through again
-        del moments["first layer: forward, down_proj"]
-    if not plan.targets:
-        moments["the embedding, backward"] = {
-            "gradients": gradients + (2 * of_head if tied else 0)
-        }
-    moments["the optimizer's step"] = {
-        "gradients": gradients,
-        "square roots": formulas.step_bytes(plan),
-    }
-    always = {
-        "base weights": sum(weights.values()),
-        "adapters": gradients if plan.targets else 0,  # gradients have their size
-        "optimizer": states,
-        "workspaces": WORKSPACES if plan.extras.device == "cuda" else 0,
-    }
-    moments = {name: always | kinds for name, kinds in moments.items()}
-    log_probabilities = in_loss // 3 if plan.full_logits else 0  # of three tensors
-    return Prediction(weights, kept + ends + log_probabilities, moments, paged)
+from qlora_helpers import env
+from qlora_helpers.memory import byte_formulas
 
 
 def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
@@ -160,21 +57,11 @@ def hold_to(gib: float | None) -> None:
     """
     device = env.profile().device
     if gib is not None:
-        check_gib("gib", gib)
+        env.check_gib("gib", gib)
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
         share = 1.0 if gib is None else min(1.0, gib * env.GIB / whole)
         torch.cuda.set_per_process_memory_fraction(share, device)
-
-
-def check_gib(name, gib) -> None:
-    """Raise ValueError unless `gib` can be the memory of one GPU, in GiB."""
-    number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
-    if not number or not 0 < gib < LARGEST_GIB:
-        raise ValueError(
-            f"{name} is {gib!r}, expected the memory of one GPU in GiB: give a number "
-            f"above 0 and below {LARGEST_GIB}, such as 15 for a T4"
-        )
 
 
 def may_take() -> int:
@@ -257,7 +144,8 @@ def _watch(found, read, seconds):
 class Ledger(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is open, each storage once.
 
-    `now` and `peak` are bytes. A class, since torch's dispatch modes are.
+    `now` and `peak` are bytes. torch's own MemTracker is private, and it does not see
+    the weight that bitsandbytes dequantizes within one operation.
     """
 
     def __init__(self, round_up=lambda size: size):
@@ -295,7 +183,7 @@ class Ledger(TorchDispatchMode):
             return
         x, _, shape = args[:3]
         if x.numel() // x.shape[-1] > 1536:
-            scratch = formulas.dequantized_bytes(shape, x.itemsize)
+            scratch = byte_formulas.dequantized_bytes(shape, x.itemsize)
             inside = self.now + scratch + result.numel() * result.itemsize
             self.peak = max(self.peak, inside)
 
@@ -311,7 +199,7 @@ def measure(trainer) -> dict[str, int]:
     """
     device = env.profile().device
     if device.type == "cuda":
-        up = formulas.rounding("cuda")
+        up = byte_formulas.rounding("cuda")
         own = (t for p in trainer.model.parameters() for t in stored_tensors(p))
         own = sum(up(tensor.nbytes) for tensor in own)
         torch._C._cuda_clearCublasWorkspaces()  # an earlier run's would count as others

@@ -1,13 +1,13 @@
 """Will it fit? One call, one sentence."""
 
 import bisect
-import copy
 from typing import NamedTuple
 
-from transformers import BitsAndBytesConfig
-
-from . import env, memory, models, train
-from .plan import check_whole, projections
+from qlora_helpers import env, models
+from qlora_helpers.env import check_whole
+from qlora_helpers.memory.byte_formulas import weight_bytes
+from qlora_helpers.memory.planned_run import METHODS, of_recipe
+from qlora_helpers.memory.prediction import Prediction, predict_plan
 
 # What CUDA takes beside torch, in GiB: 0.75 to 0.89 in data/measured/memory_grid.json,
 # on an H200; no other card was measured.
@@ -19,14 +19,7 @@ HOST_GIB = 3.0  # of the process: at most 2.9 on an H200 (data/measured/notebook
 # While a model is loaded: two copies of its largest 16-bit tensor, more than was seen
 # on a CPU (data/measured/loading.json); the files themselves are mapped.
 COPIES = 2
-METHODS = {
-    "qlora": "QLoRA",
-    "lora": "LoRA on 16-bit weights",
-    "full": "full fine-tuning in 16 bits",
-}
-
-
-KINDS = ("bf16", "fp16")  # kinds of GPU that env.elsewhere knows; a T4 is "fp16"
+KINDS = ("bf16", "fp16")  # kinds of GPU that env.profile_of knows; a T4 is "fp16"
 
 
 class Fit(NamedTuple):
@@ -34,7 +27,7 @@ class Fit(NamedTuple):
 
     fits: bool
     sentence: str
-    prediction: memory.Prediction
+    prediction: Prediction
     needed_gib: float  # torch's peak plus about what its allocator wastes
     disk_gib: float  # the 16-bit files that are loaded
     ram_gib: float  # the host's memory while they are loaded
@@ -128,7 +121,7 @@ def _most(limit, fits) -> int:
 
 def _room(gpu_gib, kind) -> float:
     """Bytes that torch may take on a GPU of that kind."""
-    memory.check_gib("gpu_gib", gpu_gib)
+    env.check_gib("gpu_gib", gpu_gib)
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: take one of {list(KINDS)}")
     return (gpu_gib - CONTEXT_GIB) * env.GIB
@@ -136,8 +129,7 @@ def _room(gpu_gib, kind) -> float:
 
 def _predicted(config, method, batch, length, kind):
     """The prediction of what the recipe takes on a GPU of that kind."""
-    machine = env.elsewhere(kind)
-    return memory.predict(*configs(config, method, batch, length, machine=machine))
+    return predict_plan(of_recipe(config, method, batch, length, kind))
 
 
 def _needed(prediction) -> float:
@@ -150,37 +142,8 @@ def _needed(prediction) -> float:
 
 def _loading(config) -> tuple[float, float]:
     """GiB of the 16-bit files, and of the host's memory while they are loaded."""
-    weights = memory.predict(*configs(config, "lora", 1, 1)).weights
-    tensors = [out * inside for out, inside in projections(config).values()]
+    weights = weight_bytes(of_recipe(config, "lora", 1, 1, "bf16"))
+    tensors = [out * inside for out, inside in models.projections(config).values()]
     largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
     ram = HOST_GIB + COPIES * largest / env.GIB
     return sum(weights.values()) / env.GIB, ram
-
-
-def configs(config, method, batch, length, every=1, machine=None):
-    """The recipe's configs on a bf16 GPU, as memory.predict takes them.
-
-    every: 1 checkpoints each layer, 2 every second, 0 none. machine: another profile.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
-    machine = machine or env.elsewhere("bf16")
-    settings = train.sft_config(machine, "never_written", 1, batch, 2e-4)
-    settings.max_length = length
-    details = {"use_reentrant": False} if every else None
-    if every > 1:
-        details["every_n_layers"] = every
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if hasattr(settings, name):  # the second is new in transformers 5.23
-            setattr(settings, name, every > 0)
-            setattr(settings, f"{name}_kwargs", details)
-    if method == "full":
-        settings.optim = "adamw_torch_fused"  # transformers' default
-    config = copy.deepcopy(config)
-    config.dtype = machine.compute_dtype
-    # a model that was loaded in 4 bits has its own; the recipe's is used instead
-    if isinstance(getattr(config, "quantization_config", None), BitsAndBytesConfig):
-        del config.quantization_config
-    quantization = train.nf4_config(machine) if method == "qlora" else None
-    adapters = None if method == "full" else train.lora_config()
-    return config, quantization, adapters, settings

@@ -19,8 +19,10 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
 
-from . import formulas, memory, models
-from .plan import FUSED_LOSS, read
+from qlora_helpers import models
+from qlora_helpers.memory import byte_formulas, measure
+from qlora_helpers.memory.planned_run import FUSED_LOSS, read
+from qlora_helpers.models.load import never_repack
 
 if FUSED_LOSS:
     import trl.kernels.chunked_logprob as head
@@ -36,9 +38,9 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
     CUDA's workspaces are in it.
     """
     plan = read(model_config, bnb_config, lora_config, sft_config, extras)
-    gpu, dtype = plan.extras.device == "cuda", formulas.DTYPES[plan.compute]
+    gpu, dtype = plan.extras.device == "cuda", byte_formulas.DTYPES[plan.compute]
     model = _skeleton(plan, bnb_config, lora_config, dtype)
-    ledger = memory.Ledger(formulas.rounding(plan.extras.device))
+    ledger = measure.Ledger(byte_formulas.rounding(plan.extras.device))
     layers = (model.get_base_model() if lora_config else model).model.layers
     again = -(-len(layers) // plan.every) if plan.every else 0  # in the backward pass
     bar = tqdm(total=len(layers) + again, desc="rehearsal", unit="layer", leave=False)
@@ -138,7 +140,7 @@ def _fill(model, plan, bnb_config):
         for name, old in list(module._buffers.items()):
             if old is not None:
                 module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
-    models.never_repack(model)
+    never_repack(model)
 
 
 def _fake_4bit(shape, bnb_config):
@@ -148,19 +150,19 @@ def _fake_4bit(shape, bnb_config):
         return torch.empty(count, dtype=dtype)
 
     size = shape[0] * shape[1]
-    blocks = -(-size // formulas.BLOCK)
+    blocks = -(-size // byte_formulas.BLOCK)
     known = {
         "shape": torch.Size(shape),
         "code": empty(16),
-        "blocksize": formulas.BLOCK,
+        "blocksize": byte_formulas.BLOCK,
         "quant_type": bnb_config.bnb_4bit_quant_type,
         "dtype": bnb_config.bnb_4bit_compute_dtype,
     }
     if bnb_config.bnb_4bit_use_double_quant:
         second = QuantState(
-            absmax=empty(-(-blocks // formulas.SCALE_BLOCK)),
+            absmax=empty(-(-blocks // byte_formulas.SCALE_BLOCK)),
             code=empty(256),
-            blocksize=formulas.SCALE_BLOCK,
+            blocksize=byte_formulas.SCALE_BLOCK,
             dtype=torch.float32,
         )
         scales = empty(blocks, torch.uint8)

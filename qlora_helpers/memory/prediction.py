@@ -1,0 +1,110 @@
+"""Predict the bytes of a training run from its configs."""
+
+from typing import NamedTuple
+
+from qlora_helpers.memory import byte_formulas as formulas
+from qlora_helpers.memory.planned_run import Extras, Plan, read
+
+# cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
+# which data/measured/memory_grid.json agrees; other cards' are smaller.
+WORKSPACES = 2 * 32 * 2**20
+
+
+class Prediction(NamedTuple):
+    """What a run will hold, in bytes."""
+
+    weights: dict[str, int]  # the base model, by kind
+    kept: int  # what the forward pass keeps for the backward pass
+    moments: dict[str, dict[str, int]]  # each moment that can be the peak, by kind
+    paged: int  # optimizer states in managed memory, which torch does not count
+
+    @property
+    def moment(self) -> str:
+        """The moment that holds most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Bytes by kind at that moment."""
+        return self.moments[self.moment]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at that moment."""
+        return sum(self.kinds.values())
+
+
+def predict(
+    model_config,
+    bnb_config=None,
+    lora_config=None,
+    sft_config=None,
+    extras: Extras | None = None,
+) -> Prediction:
+    """The bytes of a training run, from its configs alone.
+
+    model_config: a LlamaConfig or a name of models.SHAPES. bnb_config: a 4-bit
+    BitsAndBytesConfig; left out, weights are as model_config.dtype says (16-bit, or
+    fp32). lora_config: left out, every weight trains. sft_config: batch, max_length,
+    optimizer, checkpointing, mixed precision; it must be given. Rows count as full:
+    `max_length` tokens, no padding, loss on each.
+
+    On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
+    after the first. Raises TypeError or ValueError, naming the setting, for a setting
+    that is not counted: settings.toml lists those that may be set.
+    """
+    return predict_plan(read(model_config, bnb_config, lora_config, sft_config, extras))
+
+
+def predict_plan(plan: Plan) -> Prediction:
+    """The bytes of a run that was read already, as `predict` gives them."""
+    weights = formulas.weight_bytes(plan)
+    gradients = formulas.gradient_bytes(plan)
+    states, paged = formulas.optimizer_bytes(plan)
+    kept, last, first = formulas.activation_bytes(plan)
+    ends = formulas.end_bytes(plan)
+    in_loss, of_head = formulas.loss_bytes(plan)
+    # tied: the head's gradient waits for the embedding's, then their sum is made
+    tied = plan.config.tie_word_embeddings
+    early = of_head
+    begun = of_head + gradients // plan.config.num_hidden_layers
+    ending = gradients - (0 if tied else of_head)
+    if plan.accumulates:  # from the second batch on they are there all the time
+        early = begun = ending = gradients
+    moments = {
+        "the loss, backward": {
+            "activations": kept + ends,
+            "logits and loss": in_loss,
+            "gradients": early,
+        }
+    }
+    turns = formulas.turning_bytes(plan).items()
+    for layer, held, of_layers in [
+        ("last layer", kept + last, begun),
+        ("first layer", first, ending),
+    ]:
+        for part, (extra, scratch) in turns:
+            moments[f"{layer}: {part}"] = {
+                "activations": held + extra,
+                "dequantized weight": scratch,
+                "gradients": of_layers,
+            }
+    if not plan.every:  # it is not gone through again
+        del moments["first layer: forward, down_proj"]
+    if not plan.targets:
+        moments["the embedding, backward"] = {
+            "gradients": gradients + (2 * of_head if tied else 0)
+        }
+    moments["the optimizer's step"] = {
+        "gradients": gradients,
+        "square roots": formulas.step_bytes(plan),
+    }
+    always = {
+        "base weights": sum(weights.values()),
+        "adapters": gradients if plan.targets else 0,  # gradients have their size
+        "optimizer": states,
+        "workspaces": WORKSPACES if plan.extras.device == "cuda" else 0,
+    }
+    moments = {name: always | kinds for name, kinds in moments.items()}
+    log_probabilities = in_loss // 3 if plan.full_logits else 0  # of three tensors
+    return Prediction(weights, kept + ends + log_probabilities, moments, paged)

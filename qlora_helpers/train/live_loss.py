@@ -1,0 +1,76 @@
+"""The loss curve, drawn while a model trains."""
+
+import math
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from qlora_helpers import plots
+
+
+class LiveLoss(TrainerCallback):
+    """A progress bar, and in a notebook the loss curve, drawn as it grows."""
+
+    def __init__(self, every: int = 10):
+        self.every = every  # losses between two drawings
+        self.bar = self.picture = None
+        self.losses = []  # the logged pairs (step, loss)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.bar is not None:  # the bar of an interrupted run
+            self.bar.close()
+        logged = [entry for entry in state.log_history if "loss" in entry]
+        self.losses = [(entry["step"], entry["loss"]) for entry in logged]
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,  # above 0 if a run is resumed
+            desc="training",
+            unit="step",
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}):
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {state.global_step}: halve learning_rate; "
+                "on a T4 also look for fp16 overflow in the data's longest rows"
+            )
+        self.losses.append((state.global_step, loss))
+        self.bar.set_postfix(loss=f"{loss:.2f}")
+        if len(self.losses) % self.every == 0:
+            self.draw()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+        if not state.global_step:
+            raise RuntimeError(
+                "training ended without a step: there are fewer rows than one batch, "
+                "and dataloader_drop_last leaves that batch out"
+            )
+        if self.losses:  # empty if logging is off or its interval exceeds the run
+            self.draw()
+
+    def draw(self):
+        steps, losses = zip(*self.losses, strict=True)
+        each = steps == tuple(range(1, steps[-1] + 1))
+        fig, ax = plots.figure()
+        ax.plot(steps, losses, marker="" if each and losses[1:] else "o")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xlabel("step (no unit)")
+        ax.set_ylabel("loss (nat per token)")
+        ax.set_ylim(bottom=0)
+        since = "of each step" if each else "averaged since the point before"
+        ax.set_title(f"Training loss {since}")
+        last = sum(losses[-10:]) / len(losses[-10:])
+        first = "the first step" if steps[0] == 1 else f"step {steps[0]}"
+        count = f"{len(losses)} {'steps' if each else 'points'}"
+        alt = (
+            f"Training loss from {losses[0]:.1f} at {first} to "
+            f"{last:.2f} over the last ten of {count}"
+        )
+        self.picture = plots.redraw(fig, alt, self.picture)

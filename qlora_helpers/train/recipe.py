@@ -1,0 +1,174 @@
+"""The QLoRA recipe on TRL's SFTTrainer, right on CPU, on a T4 and on a bf16 GPU.
+
+Notebook 06 writes the recipe out and explains each line.
+"""
+
+import copy
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from qlora_helpers import env, records
+from qlora_helpers.memory.planned_run import FULL_OPTIMIZER, check_method
+from qlora_helpers.models.shapes import PROJECTIONS
+from qlora_helpers.train.live_loss import LiveLoss
+
+
+def nf4_config(profile: env.Profile) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in the machine's dtype.
+
+    Source: QLoRA (Dettmers et al. 2023), section 3.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",  # the default is "fp4"
+        bnb_4bit_use_double_quant=True,  # the default is False
+        bnb_4bit_compute_dtype=profile.compute_dtype,  # the default is float32
+    )
+
+
+def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
+    """Adapters of rank r on all seven projections, scaled by alpha / r."""
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=PROJECTIONS,
+        task_type="CAUSAL_LM",
+    )
+
+
+# transformers 5.23 renamed this. If both names are set, the new one wins silently.
+CHECKPOINTING = "activation_checkpointing"
+
+
+def sft_config(
+    profile: env.Profile,
+    output_dir: str,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    max_length: int = records.MAX_LENGTH,
+) -> SFTConfig:
+    """TRL's settings for `steps` optimizer steps of `batch` records each.
+
+    `max_length`: the most tokens of a record, as in `records.to_prompt_completion`.
+    Raises what `check_numbers` raises.
+    """
+    check_numbers(steps, batch, learning_rate)
+    return SFTConfig(
+        output_dir=output_dir,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch,
+        warmup_steps=min(5, steps // 2),
+        max_length=max_length,  # tokens; TRL would cut off longer rows silently
+        completion_only_loss=True,  # the prompt is given, not learned
+        optim=profile.optim,
+        fp16=profile.fp16,
+        bf16=profile.bf16,
+        use_cpu=profile.use_cpu,
+        dataloader_pin_memory=not profile.use_cpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # or a loss of NaN is logged as 0
+        save_strategy="no",  # minutes of work: the adapter is saved at the end
+        disable_tqdm=True,  # LiveLoss draws the bar
+        seed=0,
+        **{CHECKPOINTING: profile.checkpointing},
+        **{f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+    )
+
+
+def check_numbers(steps, batch, learning_rate) -> None:
+    """Raise ValueError for steps or batch below 1, or a rate that is not above 0."""
+    for name, value in {"steps": steps, "batch": batch}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"{name} is {value!r}, expected a whole number of at least 1"
+            )
+    if not isinstance(learning_rate, int | float) or not learning_rate > 0:
+        raise ValueError(
+            f"learning_rate is {learning_rate!r}, expected a number above 0"
+        )
+
+
+def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
+    """An SFTTrainer whose adapters are fp32 on every kind of machine.
+
+    Raises what `check_given` raises.
+    """
+    check_given(dataset, settings)
+    trainer = SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[LiveLoss()],
+    )
+    trainer.given = dataset  # check_effective looks for rows that TRL left out
+    trainer.remove_callback(PrinterCallback)  # LiveLoss shows what it would print
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL made them bf16: a T4's GradScaler dies of it
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def check_given(dataset, settings: SFTConfig) -> None:
+    """Check what a trainer is built from: one GPU, and rows that it can read.
+
+    Raises RuntimeError if this process sees several GPUs (older versions of TRL would
+    silently take a batch for each of them), and ValueError for other rows than those of
+    `records.to_prompt_completion` or of tokens.
+    """
+    if settings.max_length is not None:
+        env.check_whole("max_length", settings.max_length)
+    if settings.n_gpu > 1:
+        raise RuntimeError(
+            f"this process sees {settings.n_gpu} GPUs, but the recipe trains on one: "
+            "restart the kernel and run the set-up cell first, or set "
+            "CUDA_VISIBLE_DEVICES=0 before Python starts"
+        )
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        kind = "empty" if isinstance(dataset, Dataset) else type(dataset).__name__
+        raise ValueError(
+            f"the dataset is {kind}: expected the rows that "
+            "records.to_prompt_completion returns"
+        )
+    columns = dataset.column_names
+    if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"the dataset has the columns {columns}, expected prompt and completion: "
+            "call records.to_prompt_completion first"
+        )
+
+
+def configs(config, method, batch, length, every=1, machine=None):
+    """The recipe's four configs, as memory.predict takes them, for a plan.
+
+    config: a LlamaConfig. method: "qlora", "lora" (16-bit weights) or "full". batch:
+    rows; length: their tokens. every: 1 checkpoints each layer, 2 every second one, 0
+    none. machine: a Profile; by default that of a bf16 GPU. Raises ValueError for an
+    unknown method.
+    """
+    check_method(method)
+    machine = machine or env.profile_of("bf16")
+    settings = sft_config(machine, "never_written", 1, batch, 2e-4)
+    settings.max_length = length
+    details = {"use_reentrant": False} if every else None
+    if every > 1:
+        details["every_n_layers"] = every
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if hasattr(settings, name):  # the second is new in transformers 5.23
+            setattr(settings, name, every > 0)
+            setattr(settings, f"{name}_kwargs", details)
+    if method == "full":
+        settings.optim = FULL_OPTIMIZER
+    config = copy.deepcopy(config)
+    config.dtype = machine.compute_dtype
+    # a model that was loaded in 4 bits has its own; the recipe's is used instead
+    if isinstance(getattr(config, "quantization_config", None), BitsAndBytesConfig):
+        del config.quantization_config
+    quantization = nf4_config(machine) if method == "qlora" else None
+    adapters = None if method == "full" else lora_config()
+    return config, quantization, adapters, settings
