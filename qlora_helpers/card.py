@@ -9,8 +9,9 @@ from huggingface_hub import ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from . import env, models
 from qlora_helpers.models.embedded import SMOLLM2
+
+from . import env, models
 from .evaluate import Accuracy
 
 CARD = "README.md"

@@ -1,153 +1,15 @@
-"""Records (text-to-SQL, Alpaca) to prompt and completion.
+"""Records to prompt and completion, by a chat template or without one."""
 
-A record is a dict with Alpaca's columns: `instruction`, `input` (may be empty) and
-`output`. A column `system` can hold the record's own system message. The model learns
-only the completion; the prompt carries no loss.
-"""
-
-import json
-import os
 import reprlib
 import warnings
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import Dataset
 from jinja2 import TemplateError
 
-from . import env
+from qlora_helpers import env
+from qlora_helpers.records.checks import KNOWN, as_list, check_record
 
-# The system message of the night-train task: its tables, without the house rules.
-SYSTEM = (
-    "train(train home km) trip(trip train day late state)"
-    " ticket(trip rider bed price meal)"
-)
-SPLITS = ("train", "validation", "values", "phrasing", "composition")
-DATABASES = ("database_1.sql", "database_2.sql", "database_3.sql")
-COLUMNS = ("instruction", "input", "output")
-KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
 MAX_LENGTH = 512  # tokens of a record; records and trainer need the same number
-PAIRS = [
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "response"),
-]
-ROLES = {  # of a chat's turns: the column that holds such a turn's text
-    "system": "system",
-    "user": "instruction",
-    "human": "instruction",
-    "assistant": "output",
-    "gpt": "output",
-}
-
-
-def load(split: str) -> list[dict]:
-    """The records of one split of the night-train task.
-
-    Besides Alpaca's columns each holds `family`, `rule` (the house rule that its SQL
-    rests on, or None) and `ordered` (True where the question asks for an order).
-
-    Raises ValueError for an unknown split. Source: data/night_trains/build.py.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown: take one of {', '.join(SPLITS)}")
-    file = env.path(f"data/night_trains/{split}.jsonl")
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def database_scripts() -> list[str]:
-    """The SQL of the three differently seeded databases that a query is judged on."""
-    return [
-        env.path(f"data/night_trains/{name}").read_text(encoding="utf-8")
-        for name in DATABASES
-    ]
-
-
-def check(record: dict, row: int) -> None:
-    """Raise ValueError, naming the row, unless a record can be trained on.
-
-    `instruction` and `output` must be text; `input` and `system` may be empty or
-    absent. A record with earlier turns in `history` is refused.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
-    for column in ("instruction", "output"):
-        if column not in record:
-            raise ValueError(
-                f"row {row} has no column {column!r}, only "
-                f"{sorted(map(str, record))}: {advice(record)}"
-            )
-    for column in (*COLUMNS, "system"):
-        value = record.get(column)
-        if value is not None and not isinstance(value, str):
-            way = f": {advice(record)}" if isinstance(value, list) else ""
-            raise ValueError(
-                f"row {row}: {column} is {reprlib.repr(value)} "
-                f"({type(value).__name__}), not text{way}"
-            )
-        if column in ("instruction", "output") and not (value or "").strip():
-            raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
-    history = record.get("history")
-    # pandas writes NaN, a float, where a row has no history
-    if history and not isinstance(history, float):
-        raise ValueError(
-            f"row {row}: history holds earlier turns, but only one turn is supported: "
-            "clear the column 'history', and write what it says into 'instruction'"
-        )
-
-
-def advice(record: dict) -> str:
-    """Say how to make Alpaca's columns from a record that has other columns."""
-    for pair in PAIRS:
-        if all(isinstance(record.get(name), str) for name in pair):
-            names = zip(pair, ("instruction", "output"), strict=True)
-            return "rename " + " and ".join(f"{a} to {b}" for a, b in names if a != b)
-    found = {}  # the code that takes a column's text from a chat
-    for name, chat in record.items():
-        for row, turn in enumerate(chat if isinstance(chat, list) else ()):
-            if name != "history" and isinstance(turn, dict):
-                column = ROLES.get(str(turn.get("role", turn.get("from"))))
-                text = "value" if "value" in turn else "content"
-                found.setdefault(column, f"row[{name!r}][{row}][{text!r}]")
-    if found:
-        columns = [c for c in ("system", "instruction", "output") if c in found]
-        made = ", ".join(f"{column!r}: {found[column]}" for column in columns)
-        whole = {"instruction", "output"} <= set(found)
-        code = f", such as {{{made}}}" if whole else ""
-        return (
-            "each row must be one question and one answer, because several turns are "
-            "not supported: put the text of the role user into instruction, that of "
-            f"assistant into output and that of system, if any, into system{code}"
-        )
-    if any(isinstance(record.get(name), list) for name in (*COLUMNS, "system")):
-        return "instruction, input, output and system must be text"
-    if "text" in record:
-        return (
-            "the column 'text' seems to hold question and answer: write the question "
-            "into instruction and the answer into output"
-        )
-    return "rename your columns to instruction, input and output, and put text in them"
-
-
-def as_list(records) -> list[dict]:
-    """The records as a list; raises ValueError for no records, or for what holds none.
-
-    records: a list, a Dataset or another iterable of dicts.
-    """
-    kind = type(records).__name__
-    if isinstance(records, DatasetDict | IterableDatasetDict):
-        what = f"a {kind}: give one of its splits, such as records['train']"
-    elif hasattr(records, "iterrows"):
-        what = f"a {kind} of pandas: give records.to_dict('records')"
-    elif isinstance(records, str | os.PathLike):
-        what = f"{str(records)!r}: read the file, and give the list of its records"
-    elif isinstance(records, dict) or not hasattr(records, "__iter__"):
-        what = f"a {kind}: give a list of dicts, one for each record"
-    else:
-        if not (found := list(records)):
-            raise ValueError("the list of records is empty: give at least one record")
-        return found
-    raise ValueError(f"records is {what}")
 
 
 def adds_special_tokens(tokenizer) -> bool:
@@ -300,7 +162,7 @@ def to_prompt_completion(
         env.check_whole("max_length", max_length)
     rows, too_long, unused = [], [], set()
     for number, record in enumerate(as_list(records)):
-        check(record, number)
+        check_record(record, number)
         unused |= {str(name) for name in set(record) - KNOWN}
         text, output = prompt(record, tokenizer, system), record["output"]
         end = tokenizer.eos_token

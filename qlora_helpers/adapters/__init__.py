@@ -1,0 +1,35 @@
+"""Adapters on disk: saved whole, and loaded only onto their own base."""
+
+from qlora_helpers.adapters.checks import (
+    CONFIG,
+    NOTE,
+    PICKLES,
+    WEIGHTS,
+    base_of,
+    check_adapter,
+    check_whole,
+    tensor_names,
+    token_rows,
+)
+from qlora_helpers.adapters.save_load import (
+    adopt,
+    check_place,
+    load_adapter,
+    save_adapter,
+)
+
+__all__ = [
+    "CONFIG",
+    "NOTE",
+    "PICKLES",
+    "WEIGHTS",
+    "adopt",
+    "base_of",
+    "check_adapter",
+    "check_place",
+    "check_whole",
+    "load_adapter",
+    "save_adapter",
+    "tensor_names",
+    "token_rows",
+]

@@ -1,0 +1,55 @@
+"""The machine: what it is, and whether it is ready for the course."""
+
+import sys
+
+try:
+    from qlora_helpers.env.machine import (
+        GIB,
+        ROOT,
+        TESTED,
+        UNGATED,
+        Profile,
+        cache_dir,
+        check_gib,
+        check_whole,
+        path,
+        profile,
+        profile_of,
+        total_ram_gib,
+        version_tuple,
+        versions,
+    )
+    from qlora_helpers.env.readiness import (
+        keep_freed_memory,
+        quiet,
+        return_freed_memory,
+        setup,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error.name} is missing in the Python of this kernel, {sys.executable}: "
+        "choose the kernel of the course's .venv, or install requirements.txt in "
+        "this Python",
+        name=error.name,
+    ) from error
+
+__all__ = [
+    "GIB",
+    "ROOT",
+    "TESTED",
+    "UNGATED",
+    "Profile",
+    "cache_dir",
+    "check_gib",
+    "check_whole",
+    "keep_freed_memory",
+    "path",
+    "profile",
+    "profile_of",
+    "quiet",
+    "return_freed_memory",
+    "setup",
+    "total_ram_gib",
+    "version_tuple",
+    "versions",
+]

@@ -1,0 +1,1 @@
+"""What only the lessons need: predictions and claims, figures, exercises, records."""

@@ -1,0 +1,37 @@
+"""Records (text-to-SQL, Alpaca) to prompt and completion.
+
+A record is a dict with Alpaca's columns: `instruction`, `input` (may be empty) and
+`output`. A column `system` can hold the record's own system message. The model learns
+only the completion; the prompt carries no loss.
+"""
+
+from qlora_helpers.records.checks import COLUMNS, as_list, check_record
+from qlora_helpers.records.night_trains import SPLITS, SYSTEM, database_scripts, load
+from qlora_helpers.records.prompts import (
+    MAX_LENGTH,
+    adds_special_tokens,
+    context_ids,
+    leading_ids,
+    messages,
+    prompt,
+    to_prompt_completion,
+    whole_ids,
+)
+
+__all__ = [
+    "COLUMNS",
+    "MAX_LENGTH",
+    "SPLITS",
+    "SYSTEM",
+    "adds_special_tokens",
+    "as_list",
+    "check_record",
+    "context_ids",
+    "database_scripts",
+    "leading_ids",
+    "load",
+    "messages",
+    "prompt",
+    "to_prompt_completion",
+    "whole_ids",
+]

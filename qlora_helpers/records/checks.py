@@ -1,0 +1,109 @@
+"""Whether records can be trained on, and what to do with those that cannot."""
+
+import os
+import reprlib
+
+from datasets import DatasetDict, IterableDatasetDict
+
+COLUMNS = ("instruction", "input", "output")
+KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
+PAIRS = [
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "response"),
+]
+ROLES = {  # of a chat's turns: the column that holds such a turn's text
+    "system": "system",
+    "user": "instruction",
+    "human": "instruction",
+    "assistant": "output",
+    "gpt": "output",
+}
+
+
+def check_record(record: dict, row: int) -> None:
+    """Raise ValueError, naming the row, unless a record can be trained on.
+
+    `instruction` and `output` must be text; `input` and `system` may be empty or
+    absent. A record with earlier turns in `history` is refused.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
+    for column in ("instruction", "output"):
+        if column not in record:
+            raise ValueError(
+                f"row {row} has no column {column!r}, only "
+                f"{sorted(map(str, record))}: {advice(record)}"
+            )
+    for column in (*COLUMNS, "system"):
+        value = record.get(column)
+        if value is not None and not isinstance(value, str):
+            way = f": {advice(record)}" if isinstance(value, list) else ""
+            raise ValueError(
+                f"row {row}: {column} is {reprlib.repr(value)} "
+                f"({type(value).__name__}), not text{way}"
+            )
+        if column in ("instruction", "output") and not (value or "").strip():
+            raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
+    history = record.get("history")
+    # pandas writes NaN, a float, where a row has no history
+    if history and not isinstance(history, float):
+        raise ValueError(
+            f"row {row}: history holds earlier turns, but only one turn is supported: "
+            "clear the column 'history', and write what it says into 'instruction'"
+        )
+
+
+def advice(record: dict) -> str:
+    """Say how to make Alpaca's columns from a record that has other columns."""
+    for pair in PAIRS:
+        if all(isinstance(record.get(name), str) for name in pair):
+            names = zip(pair, ("instruction", "output"), strict=True)
+            return "rename " + " and ".join(f"{a} to {b}" for a, b in names if a != b)
+    found = {}  # the code that takes a column's text from a chat
+    for name, chat in record.items():
+        for row, turn in enumerate(chat if isinstance(chat, list) else ()):
+            if name != "history" and isinstance(turn, dict):
+                column = ROLES.get(str(turn.get("role", turn.get("from"))))
+                text = "value" if "value" in turn else "content"
+                found.setdefault(column, f"row[{name!r}][{row}][{text!r}]")
+    if found:
+        columns = [c for c in ("system", "instruction", "output") if c in found]
+        made = ", ".join(f"{column!r}: {found[column]}" for column in columns)
+        whole = {"instruction", "output"} <= set(found)
+        code = f", such as {{{made}}}" if whole else ""
+        return (
+            "each row must be one question and one answer, because several turns are "
+            "not supported: put the text of the role user into instruction, that of "
+            f"assistant into output and that of system, if any, into system{code}"
+        )
+    if any(isinstance(record.get(name), list) for name in (*COLUMNS, "system")):
+        return "instruction, input, output and system must be text"
+    if "text" in record:
+        return (
+            "the column 'text' seems to hold question and answer: write the question "
+            "into instruction and the answer into output"
+        )
+    return "rename your columns to instruction, input and output, and put text in them"
+
+
+def as_list(records) -> list[dict]:
+    """The records as a list; raises ValueError for no records, or for what holds none.
+
+    records: a list, a Dataset or another iterable of dicts.
+    """
+    kind = type(records).__name__
+    if isinstance(records, DatasetDict | IterableDatasetDict):
+        what = f"a {kind}: give one of its splits, such as records['train']"
+    elif hasattr(records, "iterrows"):
+        what = f"a {kind} of pandas: give records.to_dict('records')"
+    elif isinstance(records, str | os.PathLike):
+        what = f"{str(records)!r}: read the file, and give the list of its records"
+    elif isinstance(records, dict) or not hasattr(records, "__iter__"):
+        what = f"a {kind}: give a list of dicts, one for each record"
+    else:
+        if not (found := list(records)):
+            raise ValueError("the list of records is empty: give at least one record")
+        return found
+    raise ValueError(f"records is {what}")

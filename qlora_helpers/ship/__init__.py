@@ -1,0 +1,1 @@
+"""What leaves the machine: a merged model, a GGUF file, an upload to the Hub."""
