@@ -9,10 +9,9 @@ from huggingface_hub import ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from qlora_helpers import env, model_files
 from qlora_helpers.models.embedded import SMOLLM2
-
-from . import env, models
-from .evaluate import Accuracy
+from qlora_helpers.score import Accuracy
 
 CARD = "README.md"
 # The embedded model comes from PyPI; this is the Hub's name of the same model.
@@ -53,7 +52,7 @@ def write_card(folder, base: dict, facts: dict, accuracy: Accuracy) -> Path:
     header = {"library_name": "transformers"} | _header(base, facts, "finetune")
     what = (
         f"{base['name']} with a QLoRA adapter merged into its {facts['into']} weights, "
-        f"stored in {_dtypes(models.weight_files(folder))}."
+        f"stored in {_dtypes(model_files.weight_files(folder))}."
     )
     use = "Load it with plain transformers; neither bitsandbytes nor peft is needed."
     points = _points(base, facts, accuracy)

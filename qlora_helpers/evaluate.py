@@ -10,9 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from . import records as task
-from .env import check_whole
-from .sql import check_databases, extract_sql, judge, run_sql
+from qlora_helpers import records as task
+from qlora_helpers.env import check_whole
+from qlora_helpers.sql import check_databases, extract_sql, judge, run_sql
 
 MAX_NEW_TOKENS = 64  # the longest gold answer has 37, and its end token
 RESAMPLES = 10_000
@@ -251,7 +251,7 @@ def _checked(records) -> list[dict]:
     """The records as a list, after `records.check` of each."""
     records = task.as_list(records)
     for row, record in enumerate(records):
-        task.check(record, row)
+        records.check_record(record, row)
     return records
 
 

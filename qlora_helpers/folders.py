@@ -12,9 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from qlora_helpers.card import CARD, is_own_card
 from qlora_helpers.models.embedded import sha256
-
-from .card import CARD, is_own_card
 
 # What a person or a tool may put beside our files: it is kept when they are replaced.
 KEPT = (CARD, ".gitattributes", ".ipynb_checkpoints", ".DS_Store")

@@ -6,7 +6,7 @@ Linear4bit with PEFT's adapter.
 
 import torch
 
-from . import quant
+from qlora_helpers import nf4
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -38,8 +38,8 @@ class QLoRALinear(torch.nn.Module):
 
     def __init__(self, weight, r, alpha, dtype):
         super().__init__()
-        packed, absmax = quant.quantize(weight, quant.nf4_code())
-        index, scale, offset = quant.quantize_scales(absmax)
+        packed, absmax = nf4.quantize(weight, nf4.nf4_code())
+        index, scale, offset = nf4.quantize_scales(absmax)
         stored = {"packed": packed, "index": index, "scale": scale, "offset": offset}
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
@@ -51,8 +51,8 @@ class QLoRALinear(torch.nn.Module):
 
     def weight(self, dtype):
         """W as it is stored: (out, in), in `dtype`."""
-        scales = quant.dequantize_scales(self.index, self.scale, self.offset)
-        weight = quant.dequantize(self.packed, scales, quant.nf4_code(), self.shape)
+        scales = nf4.dequantize_scales(self.index, self.scale, self.offset)
+        weight = nf4.dequantize(self.packed, scales, nf4.nf4_code(), self.shape)
         return weight.to(dtype)
 
     def forward(self, x):

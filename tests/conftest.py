@@ -153,7 +153,7 @@ def sample():
         "name": "python3",
     }
     notebook.metadata["language_info"] = {"name": "python"}
-    from qlora_helpers.course import source_hash
+    from tools.course import source_hash
 
     counted = [cell for cell in cells if cell.cell_type == "code"]
     for count, cell in enumerate(counted, start=1):

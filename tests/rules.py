@@ -9,7 +9,8 @@ import sys
 
 import nbformat
 
-from qlora_helpers import course, env
+from qlora_helpers import env
+from tools import course
 
 TAGS = {
     "setup",

@@ -12,16 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qlora_helpers import (
-    adapters,
-    card,
-    embedded,
-    env,
-    evaluate,
-    models,
-    records,
-    train,
-)
+from qlora_helpers import adapters, card, env, models, records, score, train
+from qlora_helpers.adapters import save_load
+from qlora_helpers.models import embedded
 
 BASE = {"name": "tiny", "revision": "a" * 40, "tensors_sha256": "0" * 64, "rows": 49152}
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
@@ -76,7 +69,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(model, saved, monkeypatch):
     def stopped(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters.card, "write_adapter_card", stopped)
+    monkeypatch.setattr(save_load.card, "write_adapter_card", stopped)
     with pytest.raises(KeyboardInterrupt):
         adapters.save_adapter(model, None, saved, BASE)
     assert (saved / adapters.WEIGHTS).read_bytes() == before
@@ -529,7 +522,7 @@ def test_a_saved_adapter_is_trained_further(saved, tmp_path):
     goes_on.train()
     again = adapters.save_adapter(goes_on.model, tokenizer, saved, BASE)
     loaded = adapters.load_adapter(base_model(), again, BASE).eval()
-    with evaluate._as_trained(loaded):  # in which accelerate leaves the trainer's model
+    with score._as_trained(loaded):  # in which accelerate leaves the trainer's model
         again = logits(loaded).float()
     assert torch.equal(again, logits(goes_on.model.eval()).float())
 
@@ -632,8 +625,8 @@ def test_a_foreign_file_is_named_without_being_read(model, saved, monkeypatch):
     def read(file):
         raise AssertionError("read")
 
-    monkeypatch.setattr(adapters.folders, "sha256", read)
-    monkeypatch.setattr(adapters.folders, "_seen", {})
+    monkeypatch.setattr(save_load.folders, "sha256", read)
+    monkeypatch.setattr(save_load.folders, "_seen", {})
     (saved / "base.json").write_text("{}", "utf-8")
     with pytest.raises(FileExistsError, match="holds aa_huge.bin"):
         adapters.check_place(saved)

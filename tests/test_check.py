@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_helpers import check, plots, recorded
+from qlora_helpers.lesson import check, plots, recordings
 
 # ---- predictions and claims
 
@@ -273,24 +273,24 @@ ROWS = [{"tokens": 128, "peak_gib": 2.5}]
 
 
 def test_recording_round_trip(tmp_path):
-    facts = recorded.facts()
-    recorded.write("speed", facts, ROWS, folder=tmp_path)
-    assert recorded.read("speed", folder=tmp_path) == {"facts": facts, "rows": ROWS}
+    facts = recordings.facts()
+    recordings.write("speed", facts, ROWS, folder=tmp_path)
+    assert recordings.read("speed", folder=tmp_path) == {"facts": facts, "rows": ROWS}
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
-    assert set(recorded.FACTS) <= set(facts)
+    assert set(recordings.FACTS) <= set(facts)
 
 
 def test_unknown_recording_names_the_known_ones(tmp_path):
-    recorded.write("speed", recorded.facts(), ROWS, folder=tmp_path)
+    recordings.write("speed", recordings.facts(), ROWS, folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="'sped' .* there are: speed"):
-        recorded.read("sped", folder=tmp_path)
+        recordings.read("sped", folder=tmp_path)
 
 
-@pytest.mark.parametrize("missing", recorded.FACTS)
+@pytest.mark.parametrize("missing", recordings.FACTS)
 def test_recording_without_its_facts_is_refused(missing, tmp_path):
-    facts = {key: value for key, value in recorded.facts().items() if key != missing}
+    facts = {key: value for key, value in recordings.facts().items() if key != missing}
     with pytest.raises(ValueError, match=f"facts lack {missing}"):
-        recorded.write("speed", facts, ROWS, folder=tmp_path)
+        recordings.write("speed", facts, ROWS, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -298,9 +298,9 @@ def test_recording_without_its_facts_is_refused(missing, tmp_path):
 def test_broken_recording_is_named(text, tmp_path):
     (tmp_path / "speed.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="speed"):
-        recorded.read("speed", folder=tmp_path)
+        recordings.read("speed", folder=tmp_path)
 
 
 def test_rows_must_be_rows(tmp_path):
     with pytest.raises(ValueError, match="list of dicts"):
-        recorded.write("speed", recorded.facts(), {"peak_gib": 1}, folder=tmp_path)
+        recordings.write("speed", recordings.facts(), {"peak_gib": 1}, folder=tmp_path)

@@ -8,7 +8,8 @@ import nbformat
 import pytest
 import rules
 
-from qlora_helpers import course, env
+from qlora_helpers import env
+from tools import course
 
 new = nbformat.v4
 TEXT_AND_BAR = """import sys, logging

@@ -16,7 +16,9 @@ import nbformat
 import pytest
 import torch
 
-from qlora_helpers import course, env
+from qlora_helpers import env
+from qlora_helpers.env import machine, readiness
+from tools import course
 
 Disk = collections.namedtuple("Disk", "total used free")
 VARIABLES = """QLORA_PROFILE QLORA_BASE QLORA_CACHE KAGGLE_KERNEL_RUN_TYPE
@@ -32,7 +34,7 @@ def plain(monkeypatch):
 
     And setup() leaves the memory of the process that runs all tests alone.
     """
-    monkeypatch.setattr(env, "keep_freed_memory", lambda: False)
+    monkeypatch.setattr(readiness, "keep_freed_memory", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name in VARIABLES:
         monkeypatch.setenv(name, "")  # so that what setup() sets is undone as well
@@ -47,7 +49,7 @@ def no_gpu(monkeypatch):
 
 def gpu(monkeypatch, capability):
     """Let torch report a GPU of this compute capability, which emulates bf16."""
-    monkeypatch.setattr(env, "try_gpu", lambda device: None)
+    monkeypatch.setattr(readiness, "try_gpu", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -108,7 +110,7 @@ def test_a_kind_can_be_forced_by_argument_or_variable(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["T4", None, ""])
 def test_a_machine_that_is_not_known_cannot_be_planned_for(kind):
     with pytest.raises(ValueError, match=f"profile {kind!r} is unknown: take 'cpu'"):
-        env.elsewhere(kind)
+        env.profile_of(kind)
 
 
 def test_an_empty_variable_forces_nothing(no_gpu, monkeypatch):
@@ -154,7 +156,9 @@ def test_the_cache_moves_and_is_made(tmp_path, monkeypatch):
 
 def test_the_cache_is_the_platforms_where_nothing_moves_it(tmp_path, monkeypatch):
     there = tmp_path / "platform"
-    monkeypatch.setattr(env.platformdirs, "user_cache_dir", lambda *_, **__: str(there))
+    monkeypatch.setattr(
+        machine.platformdirs, "user_cache_dir", lambda *_, **__: str(there)
+    )
     assert env.cache_dir() == there and there.is_dir()
 
 
@@ -205,83 +209,85 @@ def test_versions_compare_by_their_leading_numbers(text, numbers):
 
 def installed(monkeypatch, **changed):
     """Let the named libraries have these versions; None takes one away."""
-    real = env.importlib.metadata.version
+    real = machine.importlib.metadata.version
 
     def version(name):
         if name in changed and changed[name] is None:
-            raise env.importlib.metadata.PackageNotFoundError(name)
+            raise machine.importlib.metadata.PackageNotFoundError(name)
         return changed.get(name) or real(name)
 
-    monkeypatch.setattr(env.importlib.metadata, "version", version)
+    monkeypatch.setattr(machine.importlib.metadata, "version", version)
 
 
 def test_versions_outside_the_tested_range_are_named(monkeypatch):
     middle = {"torch": "2.12.1+cu128", "transformers": "5.15.0", "peft": "0.20.0"}
     middle |= {"trl": "0.29.1", "bitsandbytes": "0.49.0"}
     installed(monkeypatch, **middle)
-    assert env.untested() == []
+    assert readiness.untested() == []
     installed(monkeypatch, **middle | {"torch": "2.14.0", "peft": "0.19.0"})
-    lines = env.untested()
+    lines = readiness.untested()
     assert [line.split()[:2] for line in lines] == [
         ["torch", "2.14.0"],
         ["peft", "0.19.0"],
     ]
     assert "from 2.11 to below 2.14" in lines[0]
     installed(monkeypatch, **middle | {"trl": None})
-    assert env.untested() == []  # check_machine says it
+    assert readiness.untested() == []  # check_machine says it
     assert env.versions()["trl"] == "missing"
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
+def sound(tmp_path, monkeypatch):
     """A machine on which nothing is wrong, whatever this one is."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(env, "total_ram_gib", lambda: 16.0)
-    monkeypatch.setattr(env.shutil, "disk_usage", lambda _: Disk(0, 0, 9 * env.GIB))
+    monkeypatch.setattr(readiness, "total_ram_gib", lambda: 16.0)
+    monkeypatch.setattr(
+        readiness.shutil, "disk_usage", lambda _: Disk(0, 0, 9 * env.GIB)
+    )
     return tmp_path
 
 
-def test_a_good_machine_has_no_fault(machine):
-    assert env.check_machine() == []
+def test_a_good_machine_has_no_fault(sound):
+    assert readiness.check_machine() == []
 
 
-def test_a_missing_library_is_a_fault(machine, monkeypatch):
+def test_a_missing_library_is_a_fault(sound, monkeypatch):
     installed(monkeypatch, bitsandbytes=None)
-    [fault] = env.check_machine()
+    [fault] = readiness.check_machine()
     assert fault.startswith("bitsandbytes is missing: pip install")
 
 
-def test_little_memory_is_a_fault(machine, monkeypatch):
-    monkeypatch.setattr(env, "total_ram_gib", lambda: 3.9)
-    [fault] = env.check_machine()
+def test_little_memory_is_a_fault(sound, monkeypatch):
+    monkeypatch.setattr(readiness, "total_ram_gib", lambda: 3.9)
+    [fault] = readiness.check_machine()
     assert fault.startswith("3.9 GiB of memory, 6 are needed") and "Colab" in fault
 
 
-def test_little_disk_is_a_fault(machine, monkeypatch):
+def test_little_disk_is_a_fault(sound, monkeypatch):
     seen = []
 
     def disk_usage(folder):
         seen.append(folder)
         return Disk(0, 0, env.GIB // 2)
 
-    monkeypatch.setattr(env.shutil, "disk_usage", disk_usage)
-    [fault] = env.check_machine()
+    monkeypatch.setattr(readiness.shutil, "disk_usage", disk_usage)
+    [fault] = readiness.check_machine()
     assert fault.startswith("0.5 GiB of disk free") and "QLORA_CACHE" in fault
-    assert seen == [machine / "cache"]  # the disk that will hold the model
+    assert seen == [sound / "cache"]  # the disk that will hold the model
 
 
-def test_an_unwritable_cache_is_a_fault(machine, monkeypatch):
-    (machine / "file").write_text("in the way", encoding="utf-8")
-    monkeypatch.setenv("QLORA_CACHE", str(machine / "file"))
-    [fault] = env.check_machine()
+def test_an_unwritable_cache_is_a_fault(sound, monkeypatch):
+    (sound / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv("QLORA_CACHE", str(sound / "file"))
+    [fault] = readiness.check_machine()
     assert "cannot be written" in fault
 
 
 @pytest.mark.parametrize("version", [(3, 10, 9), (3, 14, 0)])
-def test_another_python_is_a_fault(version, machine, monkeypatch):
+def test_another_python_is_a_fault(version, sound, monkeypatch):
     named = collections.namedtuple("Version", "major minor micro")(*version)
-    monkeypatch.setattr(env.sys, "version_info", named)
-    [fault] = env.check_machine()
+    monkeypatch.setattr(machine.sys, "version_info", named)
+    [fault] = readiness.check_machine()
     assert "3.11 to 3.13 is needed" in fault
 
 
@@ -296,21 +302,21 @@ def test_a_containers_limit_counts_as_memory(
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(env, "CGROUP", tmp_path)
-    whole = env.psutil.virtual_memory().total / env.GIB
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    whole = machine.psutil.virtual_memory().total / env.GIB
     assert env.total_ram_gib() == (1.0 if limited else whole)
 
 
 def test_without_a_container_memory_is_the_machines(tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "CGROUP", tmp_path / "absent")
-    whole = env.psutil.virtual_memory().total / env.GIB
+    monkeypatch.setattr(machine, "CGROUP", tmp_path / "absent")
+    whole = machine.psutil.virtual_memory().total / env.GIB
     assert env.total_ram_gib() == whole > 0
 
 
 def test_a_limit_that_may_not_be_read_is_no_limit(tmp_path, monkeypatch):
     (tmp_path / "memory.max").mkdir()  # not even root can read it
-    monkeypatch.setattr(env, "CGROUP", tmp_path)
-    assert env.total_ram_gib() == env.psutil.virtual_memory().total / env.GIB
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    assert env.total_ram_gib() == machine.psutil.virtual_memory().total / env.GIB
 
 
 @pytest.mark.parametrize("name", ["torch", "psutil", "platformdirs"])
@@ -322,9 +328,9 @@ def test_a_kernel_without_the_libraries_says_which_to_choose(name):
     assert sys.executable in last and "choose the kernel of the course" in last
 
 
-def test_setup_prints_one_line(machine, no_gpu, capsys, monkeypatch):
+def test_setup_prints_one_line(sound, no_gpu, capsys, monkeypatch):
     called = []
-    monkeypatch.setattr(env, "keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(readiness, "keep_freed_memory", lambda: called.append(True))
     env.setup()
     assert called
     [line] = capsys.readouterr().out.splitlines()
@@ -333,7 +339,7 @@ def test_setup_prints_one_line(machine, no_gpu, capsys, monkeypatch):
     assert "16 GiB, computes in " in line
 
 
-def test_setup_describes_a_gpu(machine, monkeypatch, capsys):
+def test_setup_describes_a_gpu(sound, monkeypatch, capsys):
     gpu(monkeypatch, (7, 5))
     card = types.SimpleNamespace(name="Tesla T4", total_memory=15 * env.GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
@@ -350,14 +356,14 @@ def test_a_gpu_that_cannot_compute_is_named(monkeypatch):
     monkeypatch.setattr(torch, "ones", no_kernel)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla P100")
     with pytest.raises(RuntimeError, match="Tesla P100.*image is available.*a T4"):
-        env.try_gpu(torch.device("cuda", 0))
+        readiness.try_gpu(torch.device("cuda", 0))
 
 
 # ---- several GPUs: the Trainer would take them all
 
 
 @pytest.fixture
-def two_cards(machine, monkeypatch):
+def two_cards(sound, monkeypatch):
     """A machine with two T4s; the variable works unless CUDA has "started"."""
     gpu(monkeypatch, (7, 5))
     card = types.SimpleNamespace(name="Tesla T4", total_memory=15 * env.GIB)
@@ -409,7 +415,7 @@ def test_a_readers_choice_of_gpus_stays(chosen, lines, two_cards, capsys, monkey
     assert all("sees 2 GPUs, but training takes only one" in line for line in advice)
 
 
-def test_a_reader_may_choose_no_gpu(machine, no_gpu, capsys, monkeypatch):
+def test_a_reader_may_choose_no_gpu(sound, no_gpu, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     env.setup()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
@@ -517,8 +523,8 @@ def test_setup_after_cuda_hides_a_gpu_or_asks_for_a_restart(before, tmp_path):
     assert hidden or ("restart the kernel" in out and "sees 1\n" not in out)
 
 
-def test_setup_names_every_fault_at_once(machine, monkeypatch):
-    monkeypatch.setattr(env, "total_ram_gib", lambda: 2.0)
+def test_setup_names_every_fault_at_once(sound, monkeypatch):
+    monkeypatch.setattr(readiness, "total_ram_gib", lambda: 2.0)
     installed(monkeypatch, trl=None, peft=None)
     with pytest.raises(RuntimeError, match="not ready") as caught:
         env.setup()
@@ -526,7 +532,7 @@ def test_setup_names_every_fault_at_once(machine, monkeypatch):
     assert "trl is missing" in str(caught.value)
 
 
-def test_setup_warns_of_what_was_not_tested(machine, no_gpu, monkeypatch, capsys):
+def test_setup_warns_of_what_was_not_tested(sound, no_gpu, monkeypatch, capsys):
     installed(monkeypatch, trl="9.0.0")
     with pytest.warns(UserWarning, match="not tested with trl 9.0.0"):
         env.setup()
@@ -550,7 +556,9 @@ COLABS |= {"datasets": "4.0.0"}
 def calls(monkeypatch):
     """Every call of pip that would have been made."""
     made = []
-    monkeypatch.setattr(env.subprocess, "check_call", lambda call: made.append(call))
+    monkeypatch.setattr(
+        readiness.subprocess, "check_call", lambda call: made.append(call)
+    )
     return made
 
 
@@ -565,7 +573,7 @@ def on_kaggle(monkeypatch):
 def test_elsewhere_nothing_is_installed(calls, monkeypatch):
     installed(monkeypatch, torchao="0.10.0", **COLABS)
     monkeypatch.setenv("COLAB_RELEASE_TAG", "a variable that Kaggle sets too")
-    env.install_on_colab()
+    readiness.install_on_colab()
     assert calls == []
 
 
@@ -573,7 +581,7 @@ def test_elsewhere_nothing_is_installed(calls, monkeypatch):
 def test_colab_and_kaggle_get_what_they_lack(place, calls, monkeypatch):
     place(monkeypatch)
     installed(monkeypatch, torchao="0.10.0", **COLABS)
-    env.install_on_colab()
+    readiness.install_on_colab()
     pip = [sys.executable, "-m", "pip"]
     install, uninstall = calls
     assert install == [
@@ -590,7 +598,7 @@ def test_colab_gets_only_what_is_missing(calls, monkeypatch):
         torchao=None,
         **COLABS | {"trl": "0.29.1", "gguf": "0.18.0", "xllamacpp": "2026.4"},
     )
-    env.install_on_colab()
+    readiness.install_on_colab()
     [install] = calls
     assert install[5:] == ["bitsandbytes>=0.49,<0.51", "datasets==4.0.0"]
 
@@ -600,7 +608,7 @@ def test_a_second_run_on_colab_does_nothing(calls, monkeypatch):
     installed(
         monkeypatch, torchao=None, trl="0.29.1", bitsandbytes="0.50.2", gguf="0.18.0"
     )
-    env.install_on_colab()
+    readiness.install_on_colab()
     assert calls == []
 
 
@@ -611,9 +619,9 @@ def test_a_failed_install_says_what_to_do(monkeypatch):
     def fail(call):
         raise subprocess.CalledProcessError(1, call)
 
-    monkeypatch.setattr(env.subprocess, "check_call", fail)
+    monkeypatch.setattr(readiness.subprocess, "check_call", fail)
     with pytest.raises(RuntimeError, match="pip install .*trl.*turn on the internet"):
-        env.install_on_colab()
+        readiness.install_on_colab()
 
 
 def test_freed_memory_is_kept_for_the_next_tensor():
@@ -634,7 +642,7 @@ def test_freed_memory_is_kept_for_the_next_tensor():
 
 
 def test_elsewhere_memory_is_left_alone(monkeypatch):
-    monkeypatch.setattr(env.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(readiness.platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
 
 
@@ -642,8 +650,8 @@ def test_memory_is_left_alone_where_python_cannot_read_its_own_file(monkeypatch)
     def libc_ver():
         raise OSError("as Python from Windows' Store")
 
-    monkeypatch.setattr(env.platform, "libc_ver", libc_ver)
-    monkeypatch.setattr(env.sys, "platform", "win32")
+    monkeypatch.setattr(readiness.platform, "libc_ver", libc_ver)
+    monkeypatch.setattr(machine.sys, "platform", "win32")
     assert keep_freed_memory() is False
 
 

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_helpers import evaluate
-from qlora_helpers.evaluate import (
+from qlora_helpers import score
+from qlora_helpers.score import (
     bootstrap_interval,
     generate_answers,
     paired_interval,
@@ -227,7 +227,7 @@ def test_nothing_but_the_end_is_taken_from_the_generation_config(wrapped, parrot
     layer.register_forward_hook(
         lambda *_: seen.append(model.generation_config.to_dict())
     )
-    assert evaluate.generation_speed(model, 1, prompt=4, tokens=2) > 0
+    assert score.generation_speed(model, 1, prompt=4, tokens=2) > 0
     assert {each["no_repeat_ngram_size"] for each in seen} == {None}
     assert model.generation_config.to_dict() == before == own.to_dict()
 
@@ -293,7 +293,7 @@ def asked(monkeypatch):
         systems.append(system)
         return f"{record['instruction']}<answer>"
 
-    monkeypatch.setattr(evaluate.task, "prompt", prompt)
+    monkeypatch.setattr(score.task, "prompt", prompt)
     return systems
 
 
@@ -308,7 +308,7 @@ def test_accuracy_of_a_model_and_its_rows(parrot, database, asked):
         {"instruction": question, "input": "", "output": sql, "ordered": False}
         for question, sql in golds.items()
     ]
-    found = evaluate.execution_accuracy(*parrot, golded, [database], system="Tables")
+    found = score.execution_accuracy(*parrot, golded, [database], system="Tables")
     assert asked == ["Tables"] * 4
     assert [row["right"] for row in found.rows] == [True, True, False, False]
     assert [row["question"] for row in found.rows] == list(golds)
@@ -324,7 +324,7 @@ COUNT = {"instruction": "count", "output": "SELECT count(id) FROM star"}
 
 
 def test_records_of_ones_own_need_no_order_and_no_list(parrot, database, asked):
-    found = evaluate.execution_accuracy(
+    found = score.execution_accuracy(
         *parrot, (record for record in [COUNT]), [database], system=None
     )
     assert (found.accuracy, found.n) == (1, 1)
@@ -347,14 +347,12 @@ def test_records_of_ones_own_need_no_order_and_no_list(parrot, database, asked):
 def test_what_cannot_be_judged_is_not_asked(
     given, script, error, words, database, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "generate_answers", None)  # a call would fail
+    monkeypatch.setattr(score, "generate_answers", None)  # a call would fail
     with pytest.raises(error, match=words):
-        evaluate.execution_accuracy(
-            None, None, given, [script or database], system=None
-        )
+        score.execution_accuracy(None, None, given, [script or database], system=None)
     if script is None and "cannot judge" not in words:
         with pytest.raises(error, match=words):
-            evaluate.answer_logits(None, None, given, system=None)
+            score.answer_logits(None, None, given, system=None)
 
 
 @pytest.mark.parametrize("wrong", [STARS, [], [STARS], None])
@@ -363,18 +361,18 @@ def test_databases_that_are_not_open_are_refused(wrong, database):
         with pytest.raises(
             TypeError, match="give a list of one or more open databases"
         ):
-            evaluate.judge("SELECT 1", COUNT, judged)
+            score.judge("SELECT 1", COUNT, judged)
     with pytest.raises(TypeError, match="give a list of one or more open databases"):
-        evaluate.ask("count", None, None, wrong, system=None)
+        score.ask("count", None, None, wrong, system=None)
 
 
 def test_ask_shows_sql_and_rows(parrot, database, asked):
-    answer = evaluate.ask("all names", *parrot, database, system=None)
+    answer = score.ask("all names", *parrot, database, system=None)
     assert answer.rows == [("Vega",), ("Deneb",), ("Altair",), ("dark",)]
     assert repr(answer).splitlines() == [
         "SELECT name FROM star", "name", "------", "Vega", "Deneb", "Altair", "dark",
     ]  # fmt: skip
-    refused = evaluate.ask("drop", *parrot, database, system=None)
+    refused = score.ask("drop", *parrot, database, system=None)
     assert repr(refused).startswith("DROP TABLE star\nerror: only a query may run")
 
 
@@ -382,16 +380,16 @@ def test_the_system_message_can_be_another(parrot, database):
     model, tokenizer = parrot
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}<answer>"  # what comes first
-    answer = evaluate.ask("n", model, tokenizer, database, system="all names")
+    answer = score.ask("n", model, tokenizer, database, system="all names")
     assert answer.sql == LESSONS["all names"]
-    assert evaluate.ask("drop", model, tokenizer, database, system=None).error
+    assert score.ask("drop", model, tokenizer, database, system=None).error
     for question, system, right in [
         ("n", "count", 1),  # a letter of each system message
         ("n", "all names", 0),
         ("drop", None, 0),
     ]:
         gold = {"instruction": question, "output": LESSONS["count"], "ordered": False}
-        found = evaluate.execution_accuracy(
+        found = score.execution_accuracy(
             model, tokenizer, [gold], [database], system=system, batch_size=1
         )
         assert found.accuracy == right
@@ -399,10 +397,10 @@ def test_the_system_message_can_be_another(parrot, database):
 
 def test_an_answer_shows_ten_rows_and_says_how_many_more():
     rows = [(i, None) for i in range(13)]
-    shown = repr(evaluate.Answer("SELECT 1", ["id", "x"], rows, None)).splitlines()
+    shown = repr(score.Answer("SELECT 1", ["id", "x"], rows, None)).splitlines()
     assert shown[1:4] == ["id | x", "-- | ----", "0  | NULL"]
     assert len(shown) == 14 and shown[-1] == "... 3 more rows"
-    empty = repr(evaluate.Answer("SELECT 1", ["id"], [], None))
+    empty = repr(score.Answer("SELECT 1", ["id"], [], None))
     assert empty.splitlines() == ["SELECT 1", "id", "--"]
 
 
@@ -460,7 +458,7 @@ def test_a_prompt_begins_with_bos_where_no_template_writes_it(template, parrot):
     record = {"instruction": "count", "output": "SELECT"}
     try:
         generate_answers(model, tokenizer, ["count"], max_new_tokens=1)
-        evaluate.answer_logits(model, tokenizer, [record], system=None)
+        score.answer_logits(model, tokenizer, [record], system=None)
     finally:
         handle.remove()
     given, judged = seen

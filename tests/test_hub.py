@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, ModelCard, constants, errors, snapshot_downlo
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from qlora_helpers import adapters, card, env, hub, models, train
+from qlora_helpers import adapters, card, env, model_files, models, train
+from qlora_helpers.ship import push
 
 TOKEN = "hf_test"
 READABLE = "own/readable"  # there, but not to be written to
@@ -30,7 +31,7 @@ def folder(tmp_path):
         save_file({f"tensor {part}": torch.full((100_000,), part)}, folder / file)
         where[f"tensor {part}"] = file
     index = json.dumps({"metadata": {}, "weight_map": where})
-    (folder / models.INDEX).write_text(index, "utf-8")
+    (folder / model_files.INDEX).write_text(index, "utf-8")
     (folder / "config.json").write_text('{"model_type": "llama"}\n', "utf-8")
     (folder / "README.md").write_text(CARD, "utf-8")
     return folder
@@ -63,7 +64,7 @@ def contents(folder):
 def test_what_was_pushed_comes_back_and_is_private(server, folder, tmp_path):
     (folder / "more").mkdir()
     (folder / "more/notes.txt").write_text("kept\n", "utf-8")
-    address = hub.push(folder, "own/new")
+    address = push.push(folder, "own/new")
     assert address == f"{server.url}/own/new/commit/{hub_server.COMMIT}"
     assert server.created == {"own/new": True}
     assert HfApi().model_info("own/new").private is True
@@ -76,9 +77,9 @@ def test_what_was_pushed_comes_back_and_is_private(server, folder, tmp_path):
 
 
 def test_pushed_again_the_new_files_are_there(server, folder, tmp_path):
-    hub.push(folder, "own/new", private=False)
+    push.push(folder, "own/new", private=False)
     (folder / "config.json").write_text('{"model_type": "mistral"}', "utf-8")
-    hub.push(folder, "own/new")
+    push.push(folder, "own/new")
     assert server.created == {"own/new": False}  # a repository stays what it was
     assert contents(tmp_path / "uploads/own/new") == contents(folder)
 
@@ -90,7 +91,7 @@ def test_an_adapter_is_saved_gets_its_card_and_is_pushed(server, tmp_path):
     folder = adapters.save_adapter(model, None, tmp_path / "adapter", base)
     facts = {"data": "night trains", "licence": "Llama 3.2", "system": None}
     card.write_adapter_card(folder, base, facts)
-    hub.push(folder, "own/adapter")
+    push.push(folder, "own/adapter")
     back = pathlib.Path(snapshot_download("own/adapter", cache_dir=tmp_path / "cache"))
     found = ModelCard.load(back / "README.md").data
     assert (found.base_model, found.base_model_relation) == ("own/base", "adapter")
@@ -100,7 +101,7 @@ def test_an_adapter_is_saved_gets_its_card_and_is_pushed(server, tmp_path):
 
 
 def test_a_name_alone_is_the_readers_own(server, folder):
-    assert "/me/new/commit/" in hub.push(folder, "new")
+    assert "/me/new/commit/" in push.push(folder, "new")
     assert server.created == {"me/new": True}
 
 
@@ -111,7 +112,7 @@ def test_without_a_token_nothing_is_asked(given, server, folder, monkeypatch):
     if given is not None:
         monkeypatch.setenv("HF_TOKEN", given)
     with pytest.raises(PermissionError, match="hf auth login.*HF_TOKEN.*write access"):
-        hub.push(folder, "own/new")
+        push.push(folder, "own/new")
     assert server.seen == []
 
 
@@ -120,14 +121,14 @@ def test_a_pickle_is_named_and_stays_here(name, server, folder):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"")
     with pytest.raises(ValueError, match=f"{name} is a pickle"):
-        hub.push(folder, "own/new")
+        push.push(folder, "own/new")
     assert server.seen == []
 
 
 def test_a_model_without_its_card_stays_here(server, folder):
     (folder / "README.md").unlink()
     with pytest.raises(ValueError, match=r"has no README\.md"):
-        hub.push(folder, "own/new")
+        push.push(folder, "own/new")
     assert server.seen == []
 
 
@@ -143,7 +144,7 @@ def test_a_model_without_its_card_stays_here(server, folder):
 def test_a_damaged_model_stays_here(damage, error, said, server, folder):
     damage(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(error, match=said):
-        hub.push(folder, "own/new")
+        push.push(folder, "own/new")
     assert not server.seen
 
 
@@ -152,7 +153,7 @@ def test_a_folder_without_weights_stays_here(server, folder, tmp_path):
         file.unlink()
     for given in (folder, tmp_path / "absent"):
         with pytest.raises(FileNotFoundError, match=r"holds no \*\.safetensors"):
-            hub.push(given, "own/new")
+            push.push(given, "own/new")
     assert server.seen == []
 
 
@@ -161,7 +162,7 @@ def test_a_folder_without_weights_stays_here(server, folder, tmp_path):
 )
 def test_a_refused_token_gets_one_sentence(repo, status, server, folder):
     with pytest.raises(PermissionError, match=rf"{repo} \({status}\)") as caught:
-        hub.push(folder, repo)
+        push.push(folder, repo)
     assert "write access" in str(caught.value) and caught.value.__suppress_context__
     assert server.created == {} and contents(server.uploads) == {}
 
@@ -170,13 +171,13 @@ def test_so_does_a_token_that_is_refused_by_xet(server, folder, monkeypatch):
     pytest.importorskip("hf_xet")  # not on every platform
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(PermissionError, match=r"own/new \(403\).*write access"):
-        hub.push(folder, "own/new")
+        push.push(folder, "own/new")
 
 
 def test_another_error_of_the_hub_is_left_as_it_is(server, folder):
     server.refusals["own/broken"] = (418, "Broken")
     with pytest.raises(errors.HfHubHTTPError) as caught:
-        hub.push(folder, "own/broken")
+        push.push(folder, "own/broken")
     assert caught.value.response.status_code == 418
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from qlora_helpers import layer as by_hand
-from qlora_helpers.embedded import embedded_dir
+from qlora_helpers.models.embedded import embedded_dir
 
 
 def pair(weight, r=4, alpha=8, dtype=torch.float32):

@@ -22,19 +22,19 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import (
-    env,
+from qlora_helpers import env, memory, models, train
+from qlora_helpers.lesson import recordings
+from qlora_helpers.memory import (
+    allowed_settings,
+    byte_formulas,
     fit,
-    formulas,
-    memory,
-    models,
-    plan,
-    recorded,
+    measure,
+    planned_run,
     rehearse,
-    train,
 )
-from qlora_helpers.embedded import embedded_dir
-from qlora_helpers.plan import FUSED_LOSS, Extras
+from qlora_helpers.memory.planned_run import FUSED_LOSS, Extras
+from qlora_helpers.models import shapes
+from qlora_helpers.models.embedded import embedded_dir
 
 CPU = Extras(device="cpu")
 pytestmark = pytest.mark.skipif(
@@ -202,7 +202,7 @@ def test_a_rehearsal_leaves_no_trace():
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("setting", plan.SIZES)
+@pytest.mark.parametrize("setting", planned_run.SIZES)
 def test_a_size_that_is_no_whole_number_is_refused(setting):
     for value in (0, -8, 2.5):
         config = short("1B")
@@ -264,7 +264,7 @@ def run_on_this_machine(tmp_path, every, optim="adamw_torch", r=16, length=64):
 @pytest.mark.parametrize("every", [0, 1])
 def test_predicted_is_what_a_run_takes(tmp_path, every):
     trainer, predicted = run_on_this_machine(tmp_path, every)
-    measured = memory.measure(trainer)
+    measured = measure.measure(trainer)
     assert predicted.peak == pytest.approx(measured["peak"], rel=0.02)
     assert predicted.kinds["base weights"] == measured["base model"]
     assert predicted.kinds["adapters"] == measured["adapters"]
@@ -277,7 +277,7 @@ def test_states_in_8_bits(tmp_path):
     """Also: without a GPU nothing is paged."""
     trainer, predicted = run_on_this_machine(tmp_path, 1, "paged_adamw_8bit", 64)
     trainer.train()
-    states = memory.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
+    states = measure.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
     if env.profile().use_cpu:
         assert predicted.paged == 0
         assert predicted.kinds["optimizer"] == states
@@ -306,7 +306,7 @@ def test_an_embedding_that_trains_keeps_32_bit_states(tmp_path, tied):
         processing_class=AutoTokenizer.from_pretrained(embedded_dir()),
     )
     trainer.train()
-    states = memory.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
+    states = measure.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
     predicted = memory.predict(config, None, None, settings, Extras(device="cpu"))
     assert predicted.kinds["optimizer"] == states
 
@@ -343,26 +343,26 @@ def test_weights_of_a_real_model_to_the_byte():
         predicted = memory.predict(
             base.config, nf4(double, dtype), lora(), sft(dtype=dtype), CPU
         )
-        measured = sum(memory.tensor_bytes(p) for p in base.parameters())
+        measured = sum(measure.tensor_bytes(p) for p in base.parameters())
         assert sum(predicted.weights.values()) == measured
         on_cuda = memory.predict(
             base.config, nf4(double, dtype), lora(), sft(dtype=dtype)
         )
-        tensors = [t for p in base.parameters() for t in memory.stored_tensors(p)]
+        tensors = [t for p in base.parameters() for t in measure.stored_tensors(p)]
         blocks = sum(-(-t.nbytes // 512) * 512 for t in tensors)  # torch's, on CUDA
         assert sum(on_cuda.weights.values()) == blocks > measured
 
 
 # ---- against what was recorded on a GPU
 
-GRID = recorded.read("memory_grid")["rows"]
+GRID = recordings.read("memory_grid")["rows"]
 
 
 def configs_of(row):
     """What a recorded run was trained with; it did not repeat keys and values."""
     sizes = row["method"], row["rows"], row["length"], row["every"]
     config = models.llama_config(row["shape"])
-    run = fit.configs(config, *sizes, env.elsewhere(row["profile"]))
+    run = train.configs(config, *sizes, env.profile_of(row["profile"]))
     return *run, Extras(repeat_kv=False)
 
 
@@ -409,7 +409,7 @@ def test_what_torch_needs_is_not_less_than_the_peak():
 
 
 def test_the_longest_row_is_the_one_that_was_found():
-    usual, growing = recorded.read("longest_row")["rows"]
+    usual, growing = recordings.read("longest_row")["rows"]
     card = usual["cap_gib"] + fit.CONTEXT_GIB
     assert fit.longest_row("8B", card) == pytest.approx(
         usual["longest_tokens"], rel=0.1
@@ -418,10 +418,12 @@ def test_the_longest_row_is_the_one_that_was_found():
 
 
 def test_as_many_states_are_paged_as_predicted():
-    rows = [row for row in recorded.read("paged")["rows"] if row["part"] == "adapters"]
+    rows = [
+        row for row in recordings.read("paged")["rows"] if row["part"] == "adapters"
+    ]
     assert rows
     for row in rows:
-        config, base, adapters, settings = fit.configs(
+        config, base, adapters, settings = train.configs(
             models.llama_config(row["shape"]), "qlora", 1, 64
         )
         adapters.r = row["rank"]
@@ -440,21 +442,21 @@ def test_bitsandbytes_pages_from_a_size_on(monkeypatch, size):
     monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: plain)
     optimizer = bnb.optim.PagedAdamW8bit([torch.nn.Parameter(torch.zeros(1))])
     monkeypatch.setattr(optimizer, "page_mng", mock.Mock())
-    expected = paged if size >= formulas.PAGED_SMALLEST else plain
+    expected = paged if size >= byte_formulas.PAGED_SMALLEST else plain
     assert optimizer.get_state_buffer(parameter) is expected
 
 
 def test_a_cpu_is_not_held_to_anything():
     if not env.profile().use_cpu:
         pytest.skip("here is a GPU")
-    memory.hold_to(4)
-    memory.hold_to(None)
+    measure.hold_to(4)
+    measure.hold_to(None)
 
 
 @pytest.mark.parametrize("gib", [0, -1, 8192, float("nan"), True, "15"])
 def test_a_limit_that_is_no_memory_of_a_gpu_is_refused(gib):
     with pytest.raises(ValueError, match="expected the memory of one GPU in GiB"):
-        memory.hold_to(gib)
+        measure.hold_to(gib)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +465,7 @@ def test_a_limit_that_is_no_memory_of_a_gpu_is_refused(gib):
 )
 def test_what_torch_may_still_take(monkeypatch, fraction, expected):
     """Of 80: 50 are free, torch has reserved 8 and uses 6 of them."""
-    gpu = env.elsewhere("bf16")
+    gpu = env.profile_of("bf16")
     monkeypatch.setattr(env, "profile", lambda: gpu)
     known = {
         "memory_allocated": 6,
@@ -474,14 +476,14 @@ def test_what_torch_may_still_take(monkeypatch, fraction, expected):
     }
     for name, value in known.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert memory.may_take() == expected
+    assert measure.may_take() == expected
 
 
 def test_without_a_gpu_torch_takes_nothing_of_it():
     if not env.profile().use_cpu:
         pytest.skip("here is a GPU")
     with pytest.raises(RuntimeError, match="no GPU here"):
-        memory.may_take()
+        measure.may_take()
 
 
 # ---- what cannot be predicted
@@ -606,13 +608,13 @@ def settings_of(kind):
         LoraConfig: lora(),
         SFTConfig: sft(),
     }
-    return sorted(plan._defaults(usual[kind]))
+    return sorted(planned_run._defaults(usual[kind]))
 
 
 def changed(config, setting):
     """A copy of a config with another value of a setting, unchecked by its library."""
     changed, old = copy.copy(config), getattr(config, setting, None)
-    if setting in plan.HARMLESS_VALUES:
+    if setting in allowed_settings.HARMLESS_VALUES:
         new = "another"
     elif isinstance(old, bool | None):
         new = not old
@@ -620,7 +622,7 @@ def changed(config, setting):
         new = old + 1
     else:
         new = "another"
-    if setting in plan.ATTRIBUTES:
+    if setting in allowed_settings.ATTRIBUTES:
         setattr(changed, setting, new)
     else:
         vars(changed)[setting] = new
@@ -631,18 +633,18 @@ def changed(config, setting):
     ("place", "kind", "setting"),
     [
         (place, kind, setting)
-        for place, kind in enumerate(plan.COUNTED)
+        for place, kind in enumerate(allowed_settings.COUNTED)
         for setting in settings_of(kind)
     ],
 )
 def test_each_setting_is_counted_harmless_or_refused(place, kind, setting):
     """Also of a library that is newer than these tables."""
-    if setting in plan.COUNTED[kind].split():
+    if setting in allowed_settings.COUNTED[kind].split():
         return  # the tests above
     run = [short("1B"), *Q, sft()]
     before = memory.predict(*run)
     run[place] = changed(run[place], setting)
-    if setting in plan.HARMLESS[kind].split():
+    if setting in allowed_settings.HARMLESS[kind].split():
         assert memory.predict(*run) == before
         return
     with pytest.raises(ValueError, match=rf"_config\.{setting.lstrip('_')} is .*leave"):
@@ -658,7 +660,7 @@ def test_each_setting_is_counted_harmless_or_refused(place, kind, setting):
     llm_int8_skip_modules mlp_bias attention_dropout hidden_act""".split(),
 )
 def test_what_changes_bytes_is_in_no_table(setting):
-    passed = [*plan.COUNTED.values(), *plan.HARMLESS.values()]
+    passed = [*allowed_settings.COUNTED.values(), *allowed_settings.HARMLESS.values()]
     assert not any(setting in names.split() for names in passed)
 
 
@@ -825,7 +827,7 @@ def test_bad_questions_get_clear_answers(given, words):
 
 
 def test_a_known_name_needs_no_network(monkeypatch):
-    monkeypatch.setattr(models, "only_cached", mock.Mock(side_effect=AssertionError))
+    monkeypatch.setattr(shapes, "only_cached", mock.Mock(side_effect=AssertionError))
     for name in ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B", "1B"):
         assert models.config_of(name).hidden_size == 2048
 

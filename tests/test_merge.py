@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_adapters import IDS, adapted, base_model, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import adapters, env, evaluate, memory, merge, models, records, train
-from qlora_helpers.embedded import embedded_dir
+from qlora_helpers import adapters, env, models, records, score, train
+from qlora_helpers.memory import measure
+from qlora_helpers.models.embedded import embedded_dir
+from qlora_helpers.ship import merge, mergeable
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +70,12 @@ def test_into_the_dequantized_base_it_is_the_trained_model(trained, merged_folde
     """KL below 0.002 nat: what 16-bit rounding costs. Into the original, more."""
     model, tokenizer = trained
     few = records.load("phrasing")[:12]
-    reference = evaluate.answer_logits(model, tokenizer, few, system=records.SYSTEM)
+    reference = score.answer_logits(model, tokenizer, few, system=records.SYSTEM)
     far = {}
     for into, folder in merged_folders.items():
         whole, _ = models.load_base(str(folder))
-        found = evaluate.answer_logits(whole, tokenizer, few, system=records.SYSTEM)
-        far[into] = evaluate.divergence(found, reference)
+        found = score.answer_logits(whole, tokenizer, few, system=records.SYSTEM)
+        far[into] = score.divergence(found, reference)
     assert far["dequantized"].kl < 0.002 and far["dequantized"].error < 0.06
     assert far["original"].error > 5 * far["dequantized"].error
 
@@ -86,7 +88,7 @@ def test_each_merged_weight_is_the_4_bit_weight_and_the_change(trained, merged_f
             stored = layer.base_layer.weight
             four = dequantize_4bit(stored, stored.quant_state).bfloat16()
             change = layer.get_delta_weight("default").float()
-            kept = found[name.removeprefix(merge.PREFIX) + ".weight"]
+            kept = found[name.removeprefix(mergeable.PREFIX) + ".weight"]
             expected = (four.float() + change).bfloat16()
             torch.testing.assert_close(kept, expected, rtol=2**-7, atol=1e-6)
 
@@ -95,7 +97,7 @@ def test_four_bits_swallow_a_change_unless_the_base_is_the_original(trained):
     model, _ = trained
     plain, _ = models.load_base(models.EMBEDDED)
     name = "model.layers.15.mlp.down_proj"
-    layer = model.get_submodule(merge.PREFIX.removesuffix(".") + f".{name}")
+    layer = model.get_submodule(mergeable.PREFIX.removesuffix(".") + f".{name}")
     W = plain.get_submodule(name).weight.detach()
     change = layer.get_delta_weight("default").float()
 
@@ -138,13 +140,15 @@ def test_ranks_and_scalings_are_peft_s(tiny, tmp_path, more):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     adapter = adapters.save_adapter(model, None, tmp_path / "adapter", identity)
-    pairs = merge.read_pairs(adapter)
+    pairs = mergeable.read_pairs(adapter)
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-    assert {f"{merge.PREFIX}{name}" for name in pairs} == {
+    assert {f"{mergeable.PREFIX}{name}" for name in pairs} == {
         f"{n}.weight" for n in layers
     }
     for name, layer in layers.items():
-        change = merge.lora_change(*pairs[f"{name.removeprefix(merge.PREFIX)}.weight"])
+        change = merge.lora_change(
+            *pairs[f"{name.removeprefix(mergeable.PREFIX)}.weight"]
+        )
         torch.testing.assert_close(change, layer.get_delta_weight("default"))
 
 
@@ -205,9 +209,9 @@ def run_alone(arguments):
 
 
 def test_private_peak_sees_what_was_held():
-    with memory.private_peak() as small:
+    with measure.private_peak() as small:
         pass
-    with memory.private_peak() as large:
+    with measure.private_peak() as large:
         held = torch.ones(100 * 2**20)  # 400 MiB
         for _ in range(3):
             held.add_(1)
@@ -422,7 +426,7 @@ def test_every_other_setting_is_merged_as_peft_does_it(tiny, tmp_path, key):
     assert changed > 0
 
 
-@pytest.mark.parametrize("start", [*merge.STARTS, "Gaussian"], ids=str)
+@pytest.mark.parametrize("start", [*mergeable.STARTS, "Gaussian"], ids=str)
 def test_a_start_that_leaves_the_base_is_merged_as_peft_does_it(tiny, tmp_path, start):
     if start == "eva":  # needs data; what it saves is an A of its own
         adapter, theirs = peft_adapter(tiny[0], tmp_path / "adapter")
@@ -455,10 +459,10 @@ def test_a_start_that_changes_the_base_is_refused_by_name(tiny, tmp_path, start)
 def test_a_setting_of_a_newer_peft_is_refused_unless_it_is_off(tiny, tmp_path):
     folder = shutil.copytree(tiny[1], tmp_path / "adapter")
     edit(folder / "adapter_config.json", use_next_year=False)
-    merge.read_pairs(folder)
+    mergeable.read_pairs(folder)
     edit(folder / "adapter_config.json", use_next_year=True)
     with pytest.raises(ValueError, match="use_next_year=True, which the installed"):
-        merge.read_pairs(folder)
+        mergeable.read_pairs(folder)
 
 
 @pytest.mark.parametrize("kind", sorted(set(PeftType) - {PeftType.LORA}))
@@ -488,12 +492,12 @@ def test_a_tensor_that_is_no_a_or_b_is_refused_by_its_own_name(tmp_path, more):
     models.random_llama(config).bfloat16().save_pretrained(tmp_path / "base")
     adapter, _ = peft_adapter(tmp_path / "base", tmp_path / "adapter", **more)
     with pytest.raises(ValueError):
-        merge.read_pairs(adapter)
+        mergeable.read_pairs(adapter)
     plain_config = {"bias": "none", "modules_to_save": None, "use_dora": False}
     plain_config |= {"trainable_token_indices": None, "lora_bias": False}
     edit(adapter / "adapter_config.json", **plain_config)
     with pytest.raises(ValueError, match=r"holds base_model\.model\..*more than B A"):
-        merge.read_pairs(adapter)
+        mergeable.read_pairs(adapter)
 
 
 def test_the_head_is_merged_where_it_is_its_own_and_refused_where_it_is_tied(
@@ -624,7 +628,7 @@ def test_a_merge_into_4_bits_is_dequantize_add_quantize():
     model, before = adapted(0), adapted(0)
     merged = model.merge_and_unload()
     name = "model.layers.1.mlp.up_proj"
-    layer = before.get_submodule(merge.PREFIX.removesuffix(".") + f".{name}")
+    layer = before.get_submodule(mergeable.PREFIX.removesuffix(".") + f".{name}")
     stored = layer.base_layer.weight
     four = dequantize_4bit(stored, stored.quant_state)
     change = layer.get_delta_weight("default").float()  # PEFT adds in fp32

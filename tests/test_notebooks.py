@@ -14,7 +14,8 @@ import pytest
 import rules
 
 import qlora_helpers
-from qlora_helpers import course, env
+from qlora_helpers import env
+from tools import course
 
 NOTEBOOKS = course.find()
 MODULES = sorted((env.ROOT / "qlora_helpers").glob("*.py"))
@@ -46,7 +47,7 @@ def test_the_setup_cell_is_the_same_in_all():
 
 @pytest.mark.parametrize("path", **WITH_NAMES)
 def test_predictions_are_blank_in_the_learners_face(path):
-    face = course.face(read(path))
+    face = course.learners_face(read(path))
     for cell in face.cells:
         if rules.tagged(cell, "prediction"):
             for node in ast.parse(cell.source).body:
@@ -60,7 +61,7 @@ def test_predictions_are_blank_in_the_learners_face(path):
 def test_the_learners_face_runs_to_the_end():
     """With the first notebook; the `predictions` rule carries it to the others."""
     path = course.find(["00"])[0]
-    ran = course.execute(path, course.face(read(path)))
+    ran = course.execute(path, course.learners_face(read(path)))
     printed = "".join(
         output.get("text", "")
         for cell in ran.cells

@@ -6,9 +6,9 @@ from bitsandbytes import functional as theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_helpers import quant
+from qlora_helpers import nf4
 
-CODES = {"nf4": quant.nf4_code(), "fp4": quant.fp4_code()}
+CODES = {"nf4": nf4.nf4_code(), "fp4": nf4.fp4_code()}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 shapes = st.one_of(
@@ -34,7 +34,7 @@ def weights(kind, shape, dtype, seed):
     if kind == "tiny":
         weight = weight * 1e-6
     if kind == "grid":  # exactly on the levels and on the midpoints between them
-        levels = quant.nf4_code()
+        levels = nf4.nf4_code()
         points = torch.cat([levels, (levels[1:] + levels[:-1]) / 2])
         weight = points[torch.randint(len(points), shape)]
     return weight.to(dtype)
@@ -58,7 +58,7 @@ def test_bytes_scales_and_values_are_bitsandbytes(
 ):
     weight, code = weights(kind, shape, dtype, seed), CODES[name]
     expected, state = theirs.quantize_4bit(weight, quant_type=name, blocksize=block)
-    packed, absmax = quant.quantize(weight, code, block)
+    packed, absmax = nf4.quantize(weight, code, block)
     differ = [i for i, (a, b) in enumerate(zip(indices(packed), indices(expected),
                                                strict=True)) if a != b]  # fmt: skip
     # A last block that is not full is divided by its absmax on a CPU; all others (and
@@ -70,7 +70,7 @@ def test_bytes_scales_and_values_are_bitsandbytes(
     assert (from_middle.abs().amin(dim=1) < 1e-6).all()
     # of a block that is all zeros and not full, bitsandbytes stores 1e-38
     assert torch.equal(absmax, torch.where(state.absmax <= 1e-38, 0, state.absmax))
-    values = quant.dequantize(expected, absmax, code, shape, block).to(dtype)
+    values = nf4.dequantize(expected, absmax, code, shape, block).to(dtype)
     assert values.shape == torch.Size(shape)
     if not wrong_scales_there(shape, block):
         back = theirs.dequantize_4bit(expected, state)
@@ -83,20 +83,20 @@ def test_bytes_scales_and_values_are_bitsandbytes(
 def test_double_quantization_is_bitsandbytes(shape, kind, dtype, seed):
     weight = weights(kind, shape, dtype, seed)
     nested = theirs.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)[1]
-    _, absmax = quant.quantize(weight, quant.nf4_code())
-    index, scale, offset = quant.quantize_scales(absmax)
+    _, absmax = nf4.quantize(weight, nf4.nf4_code())
+    index, scale, offset = nf4.quantize_scales(absmax)
     assert torch.allclose(offset, nested.offset, rtol=1e-6, atol=1e-38)
     assert torch.allclose(scale, nested.state2.absmax, rtol=1e-5, atol=1e-12)
     # On a CPU the encoder goes through a grid of 65,536 points: some codes are the next
     # one. Decoding has no such freedom.
     apart = (index.int() - nested.absmax.int()).abs()
-    apart[scale.repeat_interleave(quant.SCALE_BLOCK)[: len(apart)] == 0] = 0  # any code
+    apart[scale.repeat_interleave(nf4.SCALE_BLOCK)[: len(apart)] == 0] = 0  # any code
     # Near zero several codes lie within one step of the grid.
-    code = quant.dynamic_code()
+    code = nf4.dynamic_code()
     near = (code[index.long()] - code[nested.absmax.long()]).abs() < 2 / 65535
     assert ((apart <= 1) | near).all()
     assert (apart > 0).sum() <= 2 + 0.01 * len(apart)
-    back = quant.dequantize_scales(nested.absmax, nested.state2.absmax, nested.offset)
+    back = nf4.dequantize_scales(nested.absmax, nested.state2.absmax, nested.offset)
     assert torch.equal(
         back, theirs.dequantize_blockwise(nested.absmax, nested.state2) + nested.offset
     )
@@ -105,41 +105,41 @@ def test_double_quantization_is_bitsandbytes(shape, kind, dtype, seed):
 def test_the_tables_are_bitsandbytes_to_the_last_bit():
     for name, code in CODES.items():
         assert torch.equal(code, theirs.get_4bit_type(name, device="cpu"))
-    assert torch.equal(quant.dynamic_code(), theirs.create_dynamic_map())
+    assert torch.equal(nf4.dynamic_code(), theirs.create_dynamic_map())
 
 
 def test_a_single_weight_is_kept():
-    packed, absmax = quant.quantize(torch.tensor([-3.5]), quant.nf4_code())
-    back = quant.dequantize(packed, absmax, quant.nf4_code(), (1,))
+    packed, absmax = nf4.quantize(torch.tensor([-3.5]), nf4.nf4_code())
+    back = nf4.dequantize(packed, absmax, nf4.nf4_code(), (1,))
     assert packed.nbytes == 1 and back.tolist() == [-3.5]
 
 
 @pytest.mark.parametrize("view", [lambda w: w.T, lambda w: w[:, ::2], lambda w: w[1:]])
 def test_what_is_not_contiguous_is_read_in_its_own_order(view):
     weight = torch.randn(48, 66)
-    packed, absmax = quant.quantize(view(weight), quant.nf4_code())
-    again, scales = quant.quantize(view(weight).contiguous(), quant.nf4_code())
+    packed, absmax = nf4.quantize(view(weight), nf4.nf4_code())
+    again, scales = nf4.quantize(view(weight).contiguous(), nf4.nf4_code())
     assert torch.equal(packed, again) and torch.equal(absmax, scales)
 
 
 def test_a_weight_that_trains_is_left_as_it_was():
     weight = torch.nn.Parameter(torch.randn(64, 64))
     before = weight.detach().clone()
-    packed, absmax = quant.quantize(weight, quant.nf4_code())
+    packed, absmax = nf4.quantize(weight, nf4.nf4_code())
     assert torch.equal(weight, before) and not absmax.requires_grad
 
 
 @pytest.mark.parametrize(
     "weight, code, block, said",
     [
-        (torch.tensor([1.0, float("nan")]), quant.nf4_code(), 64, "got 2 of which 1 "),
-        (torch.tensor([1.0, -float("inf")]), quant.nf4_code(), 64, "NaN or infinite"),
-        (torch.tensor([]), quant.nf4_code(), 64, "at least one, got 0"),
+        (torch.tensor([1.0, float("nan")]), nf4.nf4_code(), 64, "got 2 of which 1 "),
+        (torch.tensor([1.0, -float("inf")]), nf4.nf4_code(), 64, "NaN or infinite"),
+        (torch.tensor([]), nf4.nf4_code(), 64, "at least one, got 0"),
         (torch.ones(4), torch.arange(17.0), 64, "got 17 levels"),
-        (torch.ones(4), quant.nf4_code(), 0, "blocks of 0"),
+        (torch.ones(4), nf4.nf4_code(), 0, "blocks of 0"),
         (
             torch.ones(7),
-            quant.nf4_code(),
+            nf4.nf4_code(),
             7,
             "even size, got 16 levels and blocks of 7",
         ),
@@ -147,16 +147,16 @@ def test_a_weight_that_trains_is_left_as_it_was():
 )
 def test_what_has_no_four_bit_form_is_refused(weight, code, block, said):
     with pytest.raises(ValueError, match=said):
-        quant.quantize(weight, code, block)
+        nf4.quantize(weight, code, block)
 
 
 @settings(deadline=None, max_examples=50)
 @given(shapes, st.sampled_from([*CODES, "int4"]), st.sampled_from(BLOCKS), seeds)
 def test_each_weight_gets_the_nearest_level(shape, name, block, seed):
-    code = CODES.get(name, quant.int4_code())
+    code = CODES.get(name, nf4.int4_code())
     weight = weights("gaussian", shape, torch.float32, seed)
-    packed, absmax = quant.quantize(weight, code, block)
-    stored = quant.dequantize(packed, absmax, code, shape, block)
+    packed, absmax = nf4.quantize(weight, code, block)
+    stored = nf4.dequantize(packed, absmax, code, shape, block)
     scales = absmax.repeat_interleave(block)[: weight.numel()].view(shape)
     nearest = (weight[..., None] - code * scales[..., None]).abs().amin(dim=-1)
     assert torch.allclose((weight - stored).abs(), nearest, atol=1e-6)
@@ -164,8 +164,8 @@ def test_each_weight_gets_the_nearest_level(shape, name, block, seed):
 
 def test_quantizing_twice_changes_nothing():
     weight = torch.randn(100, 64)
-    code = quant.nf4_code()
-    once = quant.dequantize(*quant.quantize(weight, code), code, weight.shape)
+    code = nf4.nf4_code()
+    once = nf4.dequantize(*nf4.quantize(weight, code), code, weight.shape)
     assert torch.equal(
-        quant.dequantize(*quant.quantize(once, code), code, weight.shape), once
+        nf4.dequantize(*nf4.quantize(once, code), code, weight.shape), once
     )

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import env, models, records
-from qlora_helpers.embedded import embedded_dir
+from qlora_helpers.models.embedded import embedded_dir
 
 ALPACA = [
     {
@@ -54,7 +54,7 @@ def test_each_split_loads_and_can_be_trained_on(split):
     loaded = records.load(split)
     assert loaded
     for row, record in enumerate(loaded):
-        records.check(record, row)
+        records.check_record(record, row)
         assert set(record) == {*records.COLUMNS, "family", "rule", "ordered"}
 
 

@@ -28,7 +28,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_helpers import env, evaluate, merge, models, records, ship, train
+from qlora_helpers import env, models, records, score, train
+from qlora_helpers.ship import gguf_file, merge
 
 QUESTIONS = records.load("phrasing")[:6]
 
@@ -50,7 +51,7 @@ def answers(folder):
     """What the merged model answers in this process, in fp32."""
     model, tokenizer = models.load_base(str(folder), dtype=torch.float32)
     prompts = [records.prompt(q, tokenizer, records.SYSTEM) for q in QUESTIONS]
-    return [text for text, _ in evaluate.generate_answers(model, tokenizer, prompts)]
+    return [text for text, _ in score.generate_answers(model, tokenizer, prompts)]
 
 
 # ---- safetensors
@@ -103,7 +104,7 @@ def test_the_tokenizer_travels_and_no_note_of_the_base(folder):
 
 def test_what_was_exported_is_read_back_bit_for_bit(folder, source, tmp_path):
     """By transformers' reader of GGUF, which is not ours."""
-    file = ship.to_gguf(folder, source, tmp_path / "m.gguf", "BF16")
+    file = gguf_file.to_gguf(folder, source, tmp_path / "m.gguf", "BF16")
     back = AutoModelForCausalLM.from_pretrained(
         tmp_path,
         gguf_file=file.name,
@@ -115,7 +116,7 @@ def test_what_was_exported_is_read_back_bit_for_bit(folder, source, tmp_path):
     for name, weight in merged.items():
         assert torch.equal(found[name], weight), name
     keys, was = gguf.GGUFReader(file).fields, gguf.GGUFReader(source).fields
-    own = {"llama.attention.key_length", "llama.attention.value_length", ship.OURS}
+    own = {"llama.attention.key_length", "llama.attention.value_length", gguf_file.OURS}
     assert set(keys) == set(was) | own
     others = {"GGUF.kv_count", "general.file_type", "tokenizer.chat_template"}
     for name in was.keys() - others:
@@ -126,7 +127,7 @@ def test_what_was_exported_is_read_back_bit_for_bit(folder, source, tmp_path):
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
 def test_llama_cpp_answers_with_the_same_words(folder, source, answers, tmp_path, kind):
-    file = ship.to_gguf(folder, source, tmp_path / "m.gguf", kind)
+    file = gguf_file.to_gguf(folder, source, tmp_path / "m.gguf", kind)
     server = llama_cpp(file)
     client = openai.OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
     said = [ask(client, record) for record in QUESTIONS]
@@ -155,7 +156,7 @@ def ask(client, record, model="merged", stream=False):
 
 def test_the_rows_of_a_head_are_interleaved_and_no_other():
     weight = torch.arange(8.0)[:, None].expand(8, 3)
-    rows = ship.interleave(weight, 2)[:, 0].tolist()
+    rows = gguf_file.interleave(weight, 2)[:, 0].tolist()
     assert rows == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
@@ -266,7 +267,7 @@ def contents(file):
 def refused(folder, source, out, said, kind="F16", error=ValueError):
     """The export is refused with these words, and nothing is left."""
     with pytest.raises(error, match=said) as caught:
-        ship.to_gguf(folder, source, out, kind)
+        gguf_file.to_gguf(folder, source, out, kind)
     assert "\n" not in str(caught.value)
     assert not out.parent.exists() or not [*out.parent.iterdir()]
 
@@ -297,16 +298,16 @@ def test_a_llama_3_goes_on_in_llama_cpp_as_in_transformers(small, out):
         ids = torch.tensor([ids])
         said = model.generate(ids, max_new_tokens=5, do_sample=False)
         ours.append(said[0, ids.shape[1] :].tolist())
-    assert greedy(ship.to_gguf(folder, source, out), prompts) == ours
+    assert greedy(gguf_file.to_gguf(folder, source, out), prompts) == ours
 
     # the same weights without the factors (on some CPUs one of the two still agrees)
     change(folder / "config.json", rope_parameters=DEFAULT)
-    without = greedy(ship.to_gguf(folder, source, out), prompts)
+    without = greedy(gguf_file.to_gguf(folder, source, out), prompts)
     assert without != ours
 
 
 def test_llama_3_s_factors_are_computed_where_the_source_has_none(small, out):
-    _, tensors = contents(ship.to_gguf(*small, out))
+    _, tensors = contents(gguf_file.to_gguf(*small, out))
     wanted = []
     for pair in range(32):  # Llama 3's rule, pair by pair
         length = 2 * math.pi * 5e5 ** (pair / 32)
@@ -321,7 +322,7 @@ def test_the_source_s_factors_must_be_the_folder_s(tmp_path, out):
     folder = save(tmp_path / "small", config)
     ones = {"rope_freqs.weight": np.ones(32, np.float32)}
     source = write_source(tmp_path / "ones.gguf", config, tensors=ones)
-    _, tensors = contents(ship.to_gguf(folder, source, out))
+    _, tensors = contents(gguf_file.to_gguf(folder, source, out))
     assert (tensors["rope_freqs.weight"] == 1).all()
     out.unlink()
     for count, value in ((32, 8), (16, 1)):
@@ -438,11 +439,11 @@ def test_a_model_that_is_no_llama_or_still_in_4_bits_is_refused(small, tmp_path,
 
 def test_a_second_set_of_weights_is_not_read(small, out):
     folder, source = small
-    wanted = contents(ship.to_gguf(folder, source, out))
+    wanted = contents(gguf_file.to_gguf(folder, source, out))
     weights = load_file(folder / "model.safetensors")
     second = {f"x.{name}": weight for name, weight in weights.items()}
     save_file(second, folder / "consolidated.safetensors")
-    found = contents(ship.to_gguf(folder, source, out))
+    found = contents(gguf_file.to_gguf(folder, source, out))
     assert found[0] == wanted[0]
     assert found[1].keys() == wanted[1].keys()
 
@@ -458,7 +459,7 @@ def test_a_tensor_without_a_name_in_gguf_is_named(small, out, name):
 def test_the_frequencies_in_an_old_llama_s_files_are_left_out(small, out):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(small[0], lambda weights: weights.update({name: torch.ones(32)}))
-    _, tensors = contents(ship.to_gguf(*small, out))
+    _, tensors = contents(gguf_file.to_gguf(*small, out))
     assert len(tensors) == 3 + 2 * 9 + 1  # and the factors
 
 
@@ -467,11 +468,11 @@ def test_a_head_is_written_as_transformers_reads_it(small, tmp_path, out):
     rewrite(folder, lambda weights: weights.pop("lm_head.weight"))
     refused(folder, source, out, "lacks lm_head.weight: merge the model again")
     change(folder / "config.json", tie_word_embeddings=True)
-    _, tensors = contents(ship.to_gguf(folder, source, out))
+    _, tensors = contents(gguf_file.to_gguf(folder, source, out))
     assert "output.weight" not in tensors
     head = torch.ones(len(TOKENS), 128)  # there, and another: it is not tied
     rewrite(folder, lambda weights: weights.update({"lm_head.weight": head}))
-    _, tensors = contents(ship.to_gguf(folder, source, out))
+    _, tensors = contents(gguf_file.to_gguf(folder, source, out))
     assert (tensors["output.weight"] == 1).all()
 
 
@@ -482,7 +483,7 @@ def test_a_width_that_does_not_fill_a_block_is_refused(tmp_path, out):
     for kind in ("Q8_0", "Q4_0"):
         said = "has rows of 120, not a multiple of 32: take F16"
         refused(folder, source, out, said, kind)
-    assert ship.to_gguf(folder, source, out, "F16").exists()
+    assert gguf_file.to_gguf(folder, source, out, "F16").exists()
 
 
 @pytest.mark.parametrize("number", [1e5, float("nan")])
@@ -498,12 +499,12 @@ def test_a_number_that_the_type_cannot_hold_is_refused(small, out, number):
     for kind in ("F16", "Q8_0"):
         refused(folder, source, out, f"blk.1.ffn_up.weight .* {kind} cannot", kind)
     if number == 1e5:
-        assert ship.to_gguf(folder, source, out, "BF16").exists()
+        assert gguf_file.to_gguf(folder, source, out, "BF16").exists()
 
 
 def test_template_and_end_token_are_the_folder_s(small, out):
     folder, source = small
-    keys, _ = contents(ship.to_gguf(folder, source, out))
+    keys, _ = contents(gguf_file.to_gguf(folder, source, out))
     assert keys["tokenizer.chat_template"] == ASKED
     assert keys["tokenizer.ggml.eos_token_id"] == 2
     out.unlink()
@@ -511,7 +512,7 @@ def test_template_and_end_token_are_the_folder_s(small, out):
     refused(folder, source, out, r"ends at token 2 but its .* at \[0, 3\], .*: make")
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     (folder / "chat_template.jinja").unlink()
-    keys, _ = contents(ship.to_gguf(folder, source, out))
+    keys, _ = contents(gguf_file.to_gguf(folder, source, out))
     assert "tokenizer.chat_template" not in keys
 
 
@@ -526,7 +527,7 @@ def test_a_prompt_begins_in_llama_cpp_as_in_transformers(
     tokenizer = a_tokenizer(template, adds_start)
     folder = save(tmp_path / "small", llama(), tokenizer)
     source = write_source(tmp_path / "source.gguf", llama())
-    server = llama_cpp(ship.to_gguf(folder, source, out))
+    server = llama_cpp(gguf_file.to_gguf(folder, source, out))
     client = openai.OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
     if template:
         chat = [{"role": "user", "content": "the"}]
@@ -544,19 +545,19 @@ def test_no_other_file_is_replaced(small, tmp_path):
     (tmp_path / "link.gguf").symlink_to(source)
     for file in (source, tmp_path / "link.gguf"):
         with pytest.raises(FileExistsError, match="is the source itself: name another"):
-            ship.to_gguf(folder, source, file)
+            gguf_file.to_gguf(folder, source, file)
     assert source.read_bytes() == before
-    (tmp_path / "notes.txt").write_text(f"{ship.OURS}: weeks of work")
+    (tmp_path / "notes.txt").write_text(f"{gguf_file.OURS}: weeks of work")
     with pytest.raises(FileExistsError, match="this package did not write it, so it"):
-        ship.to_gguf(folder, source, tmp_path / "notes.txt")
-    assert (tmp_path / "notes.txt").read_text() == f"{ship.OURS}: weeks of work"
+        gguf_file.to_gguf(folder, source, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == f"{gguf_file.OURS}: weeks of work"
     with pytest.raises(FileExistsError, match="is a folder: name a file in it"):
-        ship.to_gguf(folder, source, folder)
+        gguf_file.to_gguf(folder, source, folder)
     theirs = write_source(tmp_path / "theirs.gguf", llama())
     with pytest.raises(FileExistsError, match="this package did not write it, so it"):
-        ship.to_gguf(folder, source, theirs)
+        gguf_file.to_gguf(folder, source, theirs)
     for _ in range(2):  # what it wrote itself it replaces
-        _, tensors = contents(ship.to_gguf(folder, source, tmp_path / "mine.gguf"))
+        _, tensors = contents(gguf_file.to_gguf(folder, source, tmp_path / "mine.gguf"))
         assert "output.weight" in tensors
 
 
@@ -564,10 +565,10 @@ def test_where_nothing_can_be_written_nothing_is_computed(small, tmp_path, monke
     def computed(*_):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(ship, "add_tensor", computed)
+    monkeypatch.setattr(gguf_file, "add_tensor", computed)
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match="m.gguf cannot be written .*name a file"):
-        ship.to_gguf(*small, tmp_path / "file" / "m.gguf")
+        gguf_file.to_gguf(*small, tmp_path / "file" / "m.gguf")
 
 
 def test_a_bad_export_is_refused_and_leaves_nothing(small, tmp_path, out):
@@ -584,7 +585,7 @@ def test_an_interrupted_export_leaves_nothing(small, out, monkeypatch):
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", stopped)
     with pytest.raises(KeyboardInterrupt):
-        ship.to_gguf(*small, out)
+        gguf_file.to_gguf(*small, out)
     assert list(out.parent.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_helpers import env, records, sql
-from qlora_helpers.embedded import embedded_dir
+from qlora_helpers.models.embedded import embedded_dir
 
 FOLDER = env.path("data/night_trains")
 COUNTS = dict(train=2000, validation=200, values=100, phrasing=100, composition=100)

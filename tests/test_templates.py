@@ -14,7 +14,7 @@ from peft import get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from qlora_helpers import adapters, env, evaluate, models, records, train
+from qlora_helpers import adapters, env, models, records, score, train
 
 BOS, END = "<|endoftext|>", "<|im_end|>"
 TEMPLATES = {
@@ -86,8 +86,8 @@ def judged_contexts(model, tokenizer, rows, system):
     try:
         for row in rows:
             prompts = [records.prompt(row, tokenizer, system)]
-            evaluate.generate_answers(model, tokenizer, prompts, max_new_tokens=1)
-            evaluate.answer_logits(model, tokenizer, [row], system=system)
+            score.generate_answers(model, tokenizer, prompts, max_new_tokens=1)
+            score.answer_logits(model, tokenizer, [row], system=system)
     finally:
         handle.remove()
     asked, answered = seen[::2], seen[1::2]
@@ -228,7 +228,7 @@ def test_logits_are_those_of_the_tokens_that_were_trained(name):
         lambda layer, given: seen.append(given[0][0].tolist())
     )
     record = {"instruction": "Name a bird.", "input": "", "output": "Owl"}
-    logits = evaluate.answer_logits(model, tokenizer, [record], system=None)
+    logits = score.answer_logits(model, tokenizer, [record], system=None)
     trained = records.whole_ids(record, tokenizer, None)
     before = len(
         records.context_ids(records.prompt(record, tokenizer, None), tokenizer)

@@ -10,19 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from qlora_helpers import (
-    adapters,
-    course,
-    embedded,
-    env,
-    exercises,
-    memory,
-    models,
-    quant,
-    recorded,
-    records,
-    train,
-)
+from qlora_helpers import adapters, env, models, nf4, records, train
+from qlora_helpers.lesson import exercises, recordings
+from qlora_helpers.memory import measure
+from qlora_helpers.models import embedded
+from qlora_helpers.records import prompts
+from qlora_helpers.train import effective, live_loss
+from tools import course
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +98,7 @@ def test_drift_of_a_setting_is_named(trainer, fault, named):
 
 def test_fp4_is_noticed(model, trainer):
     for module in model.modules():
-        if isinstance(module, train.Linear4bit):
+        if isinstance(module, effective.Linear4bit):
             module.weight.quant_type = "fp4"
     with pytest.raises(RuntimeError, match=r"asked for it: [^(]*NF4"):
         train.check_effective(trainer, env.profile())
@@ -238,7 +232,7 @@ def test_the_recipe_sets_checkpointing_under_the_name_that_counts(tmp_path, want
 
 def test_paged_8_bit_adamw_is_told_from_others():
     weight = [torch.nn.Parameter(torch.zeros(8))]
-    build = train.bitsandbytes.optim.AdamW
+    build = effective.bitsandbytes.optim.AdamW
     names = {
         "paged_adamw_8bit": build(weight, optim_bits=8, is_paged=True),
         "adamw_8bit": build(weight, optim_bits=8),
@@ -342,7 +336,7 @@ def test_rows_that_teach_no_end_are_refused(trainer, tmp_path):
 
 def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeypatch):
     real = records.context_ids
-    monkeypatch.setattr(records, "context_ids", lambda *given: [0, *real(*given)])
+    monkeypatch.setattr(prompts, "context_ids", lambda *given: [0, *real(*given)])
     with pytest.raises(RuntimeError, match="row 0 is trained with .* prompt tokens"):
         train.check_effective(trainer, env.profile())
 
@@ -352,7 +346,7 @@ def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeyp
 
 def test_a_loss_of_nan_stops_with_advice():
     live = train.LiveLoss()
-    live.bar = train.tqdm(total=1, disable=True)
+    live.bar = effective.tqdm(total=1, disable=True)
     state = type("State", (), {"global_step": 3, "max_steps": 4})()
     with pytest.raises(FloatingPointError, match="step 3.*learning_rate"):
         live.on_log(None, state, None, logs={"loss": "nan"})
@@ -368,7 +362,7 @@ def shown(monkeypatch):
         title = fig.axes[0].get_title("left")
         seen.append((line.get_xdata().tolist(), title, alt))
 
-    monkeypatch.setattr(train.plots, "redraw", redraw)
+    monkeypatch.setattr(live_loss.plots, "redraw", redraw)
     return seen
 
 
@@ -435,7 +429,7 @@ def test_resumed_the_bar_and_the_curve_go_on(tokenizer, tmp_path, shown):
 
 def test_state_is_counted_to_the_byte(trainer):
     trainer.train()
-    kept = memory.state_bytes(trainer.model, trainer.optimizer)
+    kept = measure.state_bytes(trainer.model, trainer.optimizer)
     trained = trainer.model.get_nb_trainable_parameters()[0]
     assert kept["adapters"] == kept["gradients"] == 4 * trained
     # two averages in fp32, and a step counter of 4 bytes for each tensor
@@ -444,9 +438,9 @@ def test_state_is_counted_to_the_byte(trainer):
 
 
 def test_peak_sees_what_was_held():
-    with memory.peak() as small:
+    with measure.peak() as small:
         pass
-    with memory.peak() as large:
+    with measure.peak() as large:
         held = torch.ones(300 * 2**20 // 4)
         for _ in range(3):
             held.add_(1)
@@ -471,7 +465,7 @@ def test_the_committed_adapter_is_whole_and_fits_the_base():
 
 
 def test_the_recipe_meets_its_bars_on_three_recorded_seeds():
-    rows = {row["run"]: row for row in recorded.read("recipe")["rows"]}
+    rows = {row["run"]: row for row in recordings.read("recipe")["rows"]}
     for seed in (0, 1, 2):
         row = rows[f"recipe, seed {seed}"]
         assert row["values_percent"] >= 75 and row["phrasing_percent"] >= 55
@@ -488,7 +482,7 @@ def test_headers_say_what_was_measured(path):
 
 def test_the_map_says_what_was_measured():
     text = (env.ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == course.the_map(text), "run: course stamp"
+    assert text == course.readme_map(text), "run: course stamp"
     for path in course.find():
         rows = [row for row in text.splitlines() if f"{path.stem}.ipynb) | " in row]
         assert [" min, " in row for row in rows] == [True]
@@ -508,7 +502,7 @@ def test_the_map_says_what_was_measured():
         (exercises.check_learning_rate, lambda step, steps, warmup, peak: peak),
         (exercises.check_learning_rate, lambda *given: 1 / 0),
         (exercises.check_nf3, lambda top: torch.linspace(-1, 1, 8)),
-        (exercises.check_nf3, lambda top: quant.nf4_code(top)),
+        (exercises.check_nf3, lambda top: nf4.nf4_code(top)),
         (exercises.check_gain, lambda weight, block: 15.0),
         (exercises.check_bits_per_weight, lambda bits, n, scale, low: bits + scale / n),
         (exercises.check_layer_bytes, lambda rows, columns: rows * columns // 2),

@@ -15,7 +15,9 @@ import twice
 from peft import get_peft_model
 from transformers import LlamaConfig
 
-from qlora_helpers import adapters, course, embedded, env, models, train
+from qlora_helpers import adapters, env, models, train
+from qlora_helpers.models import embedded
+from tools import course
 
 NOTEBOOKS = {path.stem[:2]: path for path in course.find()}
 SMALL = {  # settings with which a notebook takes seconds; the claims may not hold

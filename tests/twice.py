@@ -22,7 +22,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from peft import PeftModel
 
-from qlora_helpers import env, evaluate, records
+from qlora_helpers import env, records, score
 
 CHECKED = re.compile(r"\d\d\.[a-z0-9_]+: ")  # a line that check.* prints
 TRAIN, OTHERS, TOKENS = 40, 16, 4  # rows, rows, new tokens
@@ -46,8 +46,8 @@ def shrink() -> None:
     """Give the notebook little data, and let models write few tokens."""
     load, path = records.load, env.path
     records.load = lambda split: load(split)[: TRAIN if split == "train" else OTHERS]
-    evaluate.generate_answers.__defaults__ = 64, TOKENS
-    evaluate.generation_speed.__defaults__ = 8, TOKENS
+    score.generate_answers.__defaults__ = 64, TOKENS
+    score.generation_speed.__defaults__ = 8, TOKENS
     prose = env.cache_dir() / "prose.txt"  # a short one
     env.path = lambda name: prose if name == "data/prose.txt" else path(name)
 

@@ -21,7 +21,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 
-from qlora_helpers import env, recorded
+from qlora_helpers import env
+from qlora_helpers.lesson import recordings
 
 NOTEBOOKS = env.ROOT / "notebooks"
 LEARNER = env.ROOT / "my_course"
@@ -163,7 +164,7 @@ def page(notebook, title) -> str:
     return re.sub(r'(href="\d\d_\w+)\.ipynb', r"\1.html", html)
 
 
-def face(notebook):
+def learners_face(notebook):
     """The learner's face: no outputs, blank predictions, reveals folded away."""
     notebook = clean(notebook)
     for cell in notebook.cells:
@@ -195,7 +196,7 @@ def learner(folder=NOTEBOOKS, target=LEARNER) -> None:
     target = pathlib.Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for path in find(folder=folder):
-        new = face(nbformat.read(path, as_version=4))
+        new = learners_face(nbformat.read(path, as_version=4))
         print_of_new = _fingerprint(new)
         copy = target / path.name
         if copy.exists():
@@ -243,17 +244,17 @@ def stamp(folder=NOTEBOOKS, address=None) -> None:
         _write(path, nbformat.writes(notebook))
     if pathlib.Path(folder) == NOTEBOOKS:
         readme = env.ROOT / "README.md"
-        _write(readme, the_map(readme.read_text(encoding="utf-8")))
+        _write(readme, readme_map(readme.read_text(encoding="utf-8")))
 
 
-def the_map(readme) -> str:
+def readme_map(readme) -> str:
     """README's map, each notebook's row completed by what it took on each machine.
 
     The columns that are filled are those whose heading names a machine and its dtype,
     as "two CPU cores, float32".
     """
     took = {}
-    for row in recorded.read("notebooks")["rows"]:
+    for row in recordings.read("notebooks")["rows"]:
         memory = row["peak_gpu_gib"] or row["peak_ram_gib"]
         where = row["notebook"], f"{row['machine']}, {row['computes_in']}"
         took[where] = f"{row['seconds'] / 60:.1f} min, {memory:.1f} GiB"
@@ -274,7 +275,7 @@ def the_map(readme) -> str:
 
 def cost(header, stem) -> str:
     """A header with its **Time** and **Needs** completed by what was measured."""
-    rows = [r for r in recorded.read("notebooks")["rows"] if r["notebook"] == stem]
+    rows = [r for r in recordings.read("notebooks")["rows"] if r["notebook"] == stem]
 
     def where(row):
         cap = f" held to {row['cap_gib']:.0f} GiB" if row["cap_gib"] else ""
@@ -291,8 +292,8 @@ def cost(header, stem) -> str:
         ("Time", "(an estimate)", f"; its cells ran {ran}."),
         ("Needs", "of memory", f"; the peak was {took}."),
     )
-    for part, end, measured in known:
-        text = measured if rows else "; running it was not measured."
+    for part, end, ran_or_took in known:
+        text = ran_or_took if rows else "; running it was not measured."
         header = re.sub(
             rf"(?m)^(\*\*{part}\*\*: .*?{re.escape(end)}).*$",
             lambda found, text=text: found[1] + text,
@@ -303,7 +304,7 @@ def cost(header, stem) -> str:
 
 def fetch() -> None:
     """Fetch and convert the embedded Llama, unless it is in the cache already."""
-    from qlora_helpers import embedded  # slow to import, needed here alone
+    from qlora_helpers.models import embedded  # slow to import, needed here alone
 
     print("embedded Llama:", embedded.embedded_dir())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qlora_helpers.models import open_weights, read_json
+from qlora_helpers.model_files import open_weights, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

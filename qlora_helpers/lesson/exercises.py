@@ -12,9 +12,17 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from qlora_helpers.lesson import (
+    fit,
+    formulas,
+    memory,
+    models,
+    plan,
+    quant,
+    records,
+    sql,
+)
 from qlora_helpers.models.embedded import embedded_dir
-
-from . import fit, formulas, memory, models, plan, quant, records, sql
 
 
 def _try(name, function, cases, same=lambda yours, expected: yours == expected):

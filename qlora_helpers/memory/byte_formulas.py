@@ -9,7 +9,7 @@ tests hold the formulas to it.
 import torch
 
 from qlora_helpers.memory.planned_run import OPTIMIZERS, Plan, projections
-from qlora_helpers.quant import BLOCK, SCALE_BLOCK
+from qlora_helpers.nf4 import BLOCK, SCALE_BLOCK
 
 HEAD_TOKENS, HEAD_VOCAB = 4096, 32768  # the tile of logits of TRL's fused loss
 EIGHT_BIT_SMALLEST = 4096  # numbers; a smaller tensor's states stay in fp32

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers import env
-from qlora_helpers.files import sha256
+from qlora_helpers.model_files import sha256
 
 MANIFEST = "manifest.json"
 

@@ -9,7 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import sdpa_attention
 
 from qlora_helpers import env
-from qlora_helpers.files import VOCABULARIES, open_weights, read_json, weight_files
+from qlora_helpers.model_files import (
+    VOCABULARIES,
+    open_weights,
+    read_json,
+    weight_files,
+)
 from qlora_helpers.models.sources import (
     EMBEDDED,
     _is_adapter,

@@ -18,7 +18,7 @@ from huggingface_hub import (
 )
 
 from qlora_helpers.env import UNGATED
-from qlora_helpers.files import (
+from qlora_helpers.model_files import (
     CONFIGS,
     INDEX,
     SINGLE,

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
-from qlora_helpers import models
+from qlora_helpers import model_files
 from qlora_helpers.ship.gguf_keys import (
     FACTORS,
     TEMPLATE,
@@ -62,8 +62,8 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
         raise ValueError(f"kind {kind!r} is unknown: take one of {', '.join(KINDS)}")
     folder, source, file = (Path(p).expanduser() for p in (folder, source, file))
     check_place(file, source)
-    files, config = models.weight_files(folder), read_config(folder)
-    tensors = tensors_of(files, config, kind)
+    config = read_config(folder)
+    tensors = tensors_of(model_files.weight_files(folder), config, kind)
     reader = read_source(source)
     check_tokens(folder, reader, config)
     check_network(reader, config, {short for short, _ in tensors.values()})

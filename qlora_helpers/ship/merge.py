@@ -1,6 +1,6 @@
 """Merge an adapter into its base, shard by shard: neither model is ever held whole.
 
-    python -m qlora_helpers.ship.merge BASE ADAPTER OUT --into dequantized --shard-mb 1000
+    python -m qlora_helpers.ship.merge BASE ADAPTER OUT --into dequantized
 
 Notebook 07 writes out `lora_change` and `through_nf4`, and says which base to take.
 """
@@ -17,8 +17,10 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from qlora_helpers import adapters, env, folders, memory, models
-from qlora_helpers.models import base_folder, open_weights
+from qlora_helpers import adapters, env, folders, models
+from qlora_helpers.memory import measure
+from qlora_helpers.model_files import open_weights
+from qlora_helpers.models import base_folder
 from qlora_helpers.ship.mergeable import (
     _check_fit,
     _check_whole,
@@ -97,7 +99,9 @@ def merge_folder(
                 for name in names:
                     with open_weights(files[name][0]) as opened:
                         weight = opened.get_tensor(name)
-                    shard[name] = merged(weight, pairs.get(name), linear.get(name))
+                    shard[name] = merge_tensor(
+                        weight, pairs.get(name), linear.get(name)
+                    )
                     bar.update()
                 save_file(shard, made / file, metadata={"format": "pt"})
         if shards.is_sharded:
@@ -106,11 +110,11 @@ def merge_folder(
                 "weight_map": shards.tensor_to_filename,
             }
             text = json.dumps(index, indent=1)
-            (made / models.INDEX).write_text(text, "utf-8")
-        copy_rest(source, made, models.CONFIGS)
+            (made / model_files.INDEX).write_text(text, "utf-8")
+        copy_rest(source, made, model_files.CONFIGS)
         # whole from one of them: a chat template of the other would change the prompt
-        own = any((adapter / name).exists() for name in models.VOCABULARIES)
-        copy_rest(adapter if own else source, made, models.TOKENIZER)
+        own = any((adapter / name).exists() for name in model_files.VOCABULARIES)
+        copy_rest(adapter if own else source, made, model_files.TOKENIZER)
     return Path(out).expanduser()
 
 
@@ -122,7 +126,7 @@ def remembered(base: str, adapter) -> str | None:
     return known["revision"]
 
 
-def merged(weight, pair, four_bit):
+def merge_tensor(weight, pair, four_bit):
     """One tensor of the merged model: (out, in), in the dtype that it came in.
 
     pair: the adapter's (A, B, scaling), or None. four_bit: the dtype in which the
@@ -194,7 +198,7 @@ def main(arguments=None) -> None:
         given.revision = given.revision or remembered(given.base, given.adapter)
         source = base_folder(given.base, given.revision)
         predicted = work_bytes(str(source), given.adapter, given.into, size)
-        with memory.private_peak() as found:
+        with measure.private_peak() as found:
             merge_folder(
                 given.base, given.adapter, given.out, given.into, size, given.revision
             )

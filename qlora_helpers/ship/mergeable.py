@@ -11,8 +11,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from qlora_helpers import adapters, models
-from qlora_helpers.models import open_weights
+from qlora_helpers import adapters, model_files, models
+from qlora_helpers.model_files import open_weights
 
 PREFIX = "base_model.model."  # what peft writes before a module's name
 # COUNTED: settings of a LoraConfig that a merge uses. ELSEWHERE: those that only say
@@ -31,7 +31,7 @@ STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 def tensors_of(folder: Path) -> dict[str, tuple[Path, int]]:
     """Each tensor's file and bytes, in the files' order, read from their headers."""
     found = {}
-    for file in models.weight_files(folder):
+    for file in model_files.weight_files(folder):
         with open_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (no dict)
                 part = opened.get_slice(name)
@@ -94,7 +94,7 @@ IN_MEMORY = "merge it in memory, with PEFT's merge_and_unload(), and check the r
 
 def _plain_lora(adapter) -> LoraConfig:
     """Check that every setting of an adapter can be merged, and return its config."""
-    given = models.read_json(Path(adapter) / adapters.CONFIG, "peft_type")
+    given = model_files.read_json(Path(adapter) / adapters.CONFIG, "peft_type")
     if given.get("peft_type") != "LORA":
         raise ValueError(
             f"the adapter in {adapter} is of type {given.get('peft_type')}, not LORA: "
@@ -164,7 +164,7 @@ def _check_fit(pairs, files, source, adapter) -> None:
                 f"{name} is {shape} in the base, but the adapter changes a weight of "
                 f"{[B.shape[0], A.shape[1]]}: give the base that it was trained on"
             )
-    rows, needed = models.embedding_rows(source), adapters.token_rows(adapter)
+    rows, needed = model_files.embedding_rows(source), adapters.token_rows(adapter)
     if rows is not None and needed > rows:
         raise ValueError(
             f"the adapter's tokenizer has {needed:,} tokens, but the base has rows for "

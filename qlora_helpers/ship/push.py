@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, errors, get_token
 
-from .adapters import CONFIG, PICKLES, tensor_names
-from .models import open_weights, read_json, weight_files
+from qlora_helpers.ship.adapters import CONFIG, PICKLES, tensor_names
+from qlora_helpers.ship.models import open_weights, read_json, weight_files
 
 
 def push(folder, repo_id: str, private: bool = True) -> str:
