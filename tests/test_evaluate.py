@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_helpers import score
+from qlora_helpers import records, score
 from qlora_helpers.score import (
     bootstrap_interval,
     generate_answers,
@@ -293,7 +293,7 @@ def asked(monkeypatch):
         systems.append(system)
         return f"{record['instruction']}<answer>"
 
-    monkeypatch.setattr(score.task, "prompt", prompt)
+    monkeypatch.setattr(records, "prompt", prompt)
     return systems
 
 

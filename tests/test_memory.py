@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 from unittest import mock
 
 import bitsandbytes as bnb
@@ -30,6 +32,7 @@ from qlora_helpers.memory import (
     fit,
     measure,
     planned_run,
+    prediction,
     rehearse,
 )
 from qlora_helpers.memory.planned_run import FUSED_LOSS, Extras
@@ -603,12 +606,12 @@ def test_what_cannot_be_predicted_is_refused(configs, error, words):
 def settings_of(kind):
     """Every setting of a kind of config in the installed library."""
     usual = {
-        LlamaConfig: short("1B"),
-        BitsAndBytesConfig: nf4(),
-        LoraConfig: lora(),
-        SFTConfig: sft(),
+        "LlamaConfig": short("1B"),
+        "BitsAndBytesConfig": nf4(),
+        "LoraConfig": lora(),
+        "SFTConfig": sft(),
     }
-    return sorted(planned_run._defaults(usual[kind]))
+    return sorted(allowed_settings.defaults(usual[kind]))
 
 
 def changed(config, setting):
@@ -639,12 +642,12 @@ def changed(config, setting):
 )
 def test_each_setting_is_counted_harmless_or_refused(place, kind, setting):
     """Also of a library that is newer than these tables."""
-    if setting in allowed_settings.COUNTED[kind].split():
+    if setting in allowed_settings.COUNTED[kind]:
         return  # the tests above
     run = [short("1B"), *Q, sft()]
     before = memory.predict(*run)
     run[place] = changed(run[place], setting)
-    if setting in allowed_settings.HARMLESS[kind].split():
+    if setting in allowed_settings.HARMLESS[kind]:
         assert memory.predict(*run) == before
         return
     with pytest.raises(ValueError, match=rf"_config\.{setting.lstrip('_')} is .*leave"):
@@ -661,7 +664,7 @@ def test_each_setting_is_counted_harmless_or_refused(place, kind, setting):
 )
 def test_what_changes_bytes_is_in_no_table(setting):
     passed = [*allowed_settings.COUNTED.values(), *allowed_settings.HARMLESS.values()]
-    assert not any(setting in names.split() for names in passed)
+    assert not any(setting in names for names in passed)
 
 
 def test_a_setting_that_a_later_library_adds_is_refused():
@@ -876,3 +879,28 @@ def test_the_config_of_a_model_in_4_bits_is_a_shape():
     settings = sft(dtype=torch.float32)
     with pytest.raises(ValueError, match="is not the bnb_config"):
         memory.predict(config, nf4(False, torch.float32), lora(), settings)
+
+
+WILL_IT_FIT = """import sys
+from qlora_helpers.memory import longest_row, will_it_fit
+print(will_it_fit("8B", 24), longest_row("8B", 15, kind="fp16"))
+print(*{"trl", "matplotlib", "IPython"} & sys.modules.keys())"""
+
+
+def test_the_calculator_imports_neither_trl_nor_what_draws():
+    done = subprocess.run(
+        [sys.executable, "-c", WILL_IT_FIT], capture_output=True, text=True, check=True
+    )
+    answer, imported = done.stdout.splitlines()
+    assert "fits" in answer and imported == ""
+
+
+@pytest.mark.parametrize("kind", fit.KINDS)
+@pytest.mark.parametrize("method", planned_run.METHODS)
+def test_the_recipes_plan_is_what_its_configs_say(method, kind):
+    machine, config = env.profile_of(kind), models.llama_config("8B")
+    configs = train.configs(config, method, 4, 2048, machine=machine)
+    read = planned_run.read(*configs, None)
+    built = planned_run.of_recipe(config, method, 4, 2048, kind)
+    assert read._replace(config=None) == built._replace(config=None)
+    assert memory.predict(*configs) == prediction.predict_plan(built)

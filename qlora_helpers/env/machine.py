@@ -14,7 +14,7 @@ import torch
 
 GIB = 2**30
 LARGEST_GIB = 1000  # no GPU has as much; a number like 8192 is in MB
-ROOT = pathlib.Path(__file__).resolve().parents[1]  # the repository
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # the repository
 UNGATED = "HuggingFaceTB/SmolLM2-1.7B-Instruct"  # a GPU needs a larger Llama
 CGROUP = pathlib.Path("/sys/fs/cgroup")  # where Linux keeps a container's limits
 # (first, past the last) version that the tests have seen working

@@ -12,16 +12,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from qlora_helpers.lesson import (
-    fit,
-    formulas,
-    memory,
-    models,
-    plan,
-    quant,
-    records,
-    sql,
-)
+from qlora_helpers import memory, models, nf4, records, sql, train
+from qlora_helpers.memory import byte_formulas, measure, planned_run
 from qlora_helpers.models.embedded import embedded_dir
 
 
@@ -126,9 +118,9 @@ def check_gain(gain) -> bool:
     cases = []
     for block in (32, 64, 1024):
         errors = []
-        for code in (quant.nf4_code(), quant.int4_code()):
-            packed, absmax = quant.quantize(weight, code, block)
-            stored = quant.dequantize(packed, absmax, code, weight.shape, block)
+        for code in (nf4.nf4_code(), nf4.int4_code()):
+            packed, absmax = nf4.quantize(weight, code, block)
+            stored = nf4.dequantize(packed, absmax, code, weight.shape, block)
             errors.append((stored - weight).pow(2).mean().sqrt())
         cases.append(((weight, block), 100 * (1 - errors[0] / errors[1])))
     return _try("exercise 01.2", gain, cases, _near)
@@ -153,7 +145,7 @@ def check_layer_bytes(layer_bytes) -> bool:
             columns, rows, bias=False, quant_type="nf4", compress_statistics=True
         )
         layer = layer.to("cpu")  # this quantizes
-        cases.append(((rows, columns), memory.tensor_bytes(layer.weight)))
+        cases.append(((rows, columns), measure.tensor_bytes(layer.weight)))
     return _try("exercise 02.2", layer_bytes, cases)
 
 
@@ -201,7 +193,7 @@ def check_tokens_until(tokens_until) -> bool:
     """Exercise 04.1: where the plain loss takes more than the base model."""
     cases = []
     for shape in ("1B", "8B", "13B", "70B"):
-        config, *run = fit.configs(models.llama_config(shape), "qlora", 1, 512)
+        config, *run = train.configs(models.llama_config(shape), "qlora", 1, 512)
         size = sum(memory.predict(config, *run).weights.values())
         one = 12 * config.vocab_size
         cases.append(((config.vocab_size, size), size // one + 1))
@@ -212,7 +204,7 @@ def check_on_paper(on_paper) -> bool:
     """Exercise 04.2: the first layer's moment on paper, within 2 % of the predictor."""
     cases = []
     for shape, tokens in (("13B", 256), ("13B", 4096), ("65B", 2048)):
-        config, *run = fit.configs(models.llama_config(shape), "qlora", 1, tokens)
+        config, *run = train.configs(models.llama_config(shape), "qlora", 1, tokens)
         sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         moments = memory.predict(config, *run).moments
         at = sum(moments["first layer: backward, down_proj"].values())
@@ -226,13 +218,13 @@ def check_first_rank(first_rank) -> bool:
     """Exercise 05.1: the least rank at which bitsandbytes pages any state."""
     cases = []
     for shape in ("1B", "8B", "13B", "70B"):
-        config, base, lora, settings = fit.configs(
+        config, base, lora, settings = train.configs(
             models.llama_config(shape), "qlora", 1, 64
         )
         for lora.r in range(1, 100):
             if memory.predict(config, base, lora, settings).paged:
                 break
-        widths = [n for pair in plan.projections(config).values() for n in pair]
+        widths = [n for pair in models.projections(config).values() for n in pair]
         cases.append(((widths,), lora.r))
     return _try("exercise 05.1", first_rank, cases)
 
@@ -241,13 +233,13 @@ def check_managed_bytes(managed_bytes) -> bool:
     """Exercise 05.2: the bytes of paged 8-bit states, as the predictor has them."""
     cases = []
     for shape, rank in (("1B", 8), ("1B", 64), ("8B", 16), ("8B", 64)):
-        config, base, lora, settings = fit.configs(
+        config, base, lora, settings = train.configs(
             models.llama_config(shape), "qlora", 1, 64
         )
         lora.r = rank
-        run = plan.read(config, base, lora, settings, None)
+        run = planned_run.read(config, base, lora, settings, None)
         expected = memory.predict(config, base, lora, settings).paged
-        cases.append(((formulas.trained_tensors(run),), expected))
+        cases.append(((byte_formulas.trained_tensors(run),), expected))
     return _try("exercise 05.2", managed_bytes, cases)
 
 

@@ -8,7 +8,8 @@ tests hold the formulas to it.
 
 import torch
 
-from qlora_helpers.memory.planned_run import OPTIMIZERS, Plan, projections
+from qlora_helpers.memory.planned_run import OPTIMIZERS, Plan
+from qlora_helpers.models.shapes import projections
 from qlora_helpers.nf4 import BLOCK, SCALE_BLOCK
 
 HEAD_TOKENS, HEAD_VOCAB = 4096, 32768  # the tile of logits of TRL's fused loss

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_helpers import env
-from qlora_helpers.memory.measure import byte_formulas
+from qlora_helpers.memory import byte_formulas
 
 
 def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:

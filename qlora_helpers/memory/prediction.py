@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from qlora_helpers.memory.measure import byte_formulas as formulas
+from qlora_helpers.memory import byte_formulas as formulas
 from qlora_helpers.memory.planned_run import Extras, Plan, read
 
 # cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with

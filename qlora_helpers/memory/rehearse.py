@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
 
 from qlora_helpers import models
-from qlora_helpers.memory.measure import byte_formulas, measure
+from qlora_helpers.memory import byte_formulas, measure
 from qlora_helpers.memory.planned_run import FUSED_LOSS, read
 from qlora_helpers.models.load import never_repack
 

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from qlora_helpers import model_files
 from qlora_helpers.ship.gguf_keys import (
+    CONVERTER,
     FACTORS,
     TEMPLATE,
     check_network,
@@ -30,7 +31,6 @@ KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a
     "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
 # Keys that are not copied from the source: they follow from the new file's own weights
 # and tokenizer. TEMPLATE is the start of several such keys.
 OWN_KEYS = {

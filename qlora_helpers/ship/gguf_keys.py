@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qlora_helpers.ship.gguf_file import CONVERTER
-
+CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
 FACTORS = "rope_freqs.weight"  # the tensor that stretches Llama 3's rotary embedding
 TEMPLATE = "tokenizer.chat_template"
 

@@ -17,7 +17,7 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from qlora_helpers import adapters, env, folders, models
+from qlora_helpers import adapters, env, folders, model_files, models
 from qlora_helpers.memory import measure
 from qlora_helpers.model_files import open_weights
 from qlora_helpers.models import base_folder

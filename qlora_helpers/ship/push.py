@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, errors, get_token
 
-from qlora_helpers.ship.adapters import CONFIG, PICKLES, tensor_names
-from qlora_helpers.ship.models import open_weights, read_json, weight_files
+from qlora_helpers.adapters import CONFIG, PICKLES, tensor_names
+from qlora_helpers.model_files import open_weights, read_json, weight_files
 
 
 def push(folder, repo_id: str, private: bool = True) -> str:

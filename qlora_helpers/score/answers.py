@@ -1,67 +1,18 @@
-"""Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
+"""Ask a model: its answers, their speed, and its logits at given answers."""
 
 import contextlib
-import math
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from qlora_helpers import records as task
 from qlora_helpers.env import check_whole
-from qlora_helpers.sql import check_databases, extract_sql, judge, run_sql
+from qlora_helpers.sql import check_databases, extract_sql, run_sql
 
 MAX_NEW_TOKENS = 64  # the longest gold answer has 37, and its end token
-RESAMPLES = 10_000
-
-
-class Interval(NamedTuple):
-    """A mean and the ends of its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class Accuracy(NamedTuple):
-    """Execution accuracy of a model: shares between 0 and 1, one dict a question."""
-
-    accuracy: float
-    low: float
-    high: float
-    n: int
-    stopped: float  # share of answers that ended by themselves
-    rows: list
-
-    def __repr__(self):
-        return (
-            f"{self.accuracy:.1%} right ({self.low:.1%} to {self.high:.1%}), "
-            f"n = {self.n}, {self.stopped:.0%} stopped by themselves"
-        )
-
-
-class Perplexity(NamedTuple):
-    """Perplexity of a text, its interval, and the mean nats a token of each block."""
-
-    value: float
-    low: float
-    high: float
-    tokens: int
-    nll: list
-
-    def __repr__(self):
-        interval = f"({self.low:.2f} to {self.high:.2f})"
-        return f"perplexity {self.value:.2f} {interval}, {self.tokens} tokens"
-
-
-class Divergence(NamedTuple):
-    """How far a model is from a reference: mean nats a token, and logit error."""
-
-    kl: float  # KL(reference || model)
-    error: float  # norm of the difference of the logits, by the reference's norm
 
 
 class Answer(NamedTuple):
@@ -83,51 +34,6 @@ class Answer(NamedTuple):
         ]
         more = len(self.rows) - len(shown)
         return "\n".join([self.sql, *lines] + [f"... {more} more rows"] * (more > 0))
-
-
-def bootstrap_interval(values, confidence=0.95, seed=0):
-    """Give the mean of some values and its percentile bootstrap interval.
-
-    Where every value is 0, or every one 1, resampling would claim certainty: the
-    interval then ends at the exact (Clopper-Pearson) bound. Source: Efron 1979.
-    Raises ValueError for no values, for one that is not a number, and unless
-    `confidence` lies between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(
-            f"confidence is {confidence!r}: give a share between 0 and 1, such as 0.95"
-        )
-    values = np.asarray(values, dtype=float)
-    if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"expected finite numbers, at least one, got {values}")
-    mean, tail = float(values.mean()), (1 - confidence) / 2
-    unseen = 1 - tail ** (1 / values.size)  # as likely as this, and yet never seen
-    if (values == 0).all():
-        return Interval(mean, 0.0, unseen)
-    if (values == 1).all():
-        return Interval(mean, 1 - unseen, 1.0)
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(values.size, size=(RESAMPLES, values.size))
-    low, high = np.quantile(values[chosen].mean(axis=1), [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
-
-
-def paired_interval(before, after, confidence=0.95, seed=0):
-    """Give the mean of after - before, question by question, and its interval.
-
-    Narrower than two separate intervals, since both saw the same questions. Where no
-    right-or-wrong verdict differs, the ends say how much could have gone unseen.
-    """
-    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
-    if before.shape != after.shape or before.ndim != 1:
-        raise ValueError(f"expected pairs, got shapes {before.shape}, {after.shape}")
-    change = after - before
-    mean, low, high = bootstrap_interval(change, confidence, seed)
-    if np.isin([before, after], [0, 1]).all() and len(set(change)) == 1:
-        unseen = 1 - ((1 - confidence) / 2) ** (1 / change.size)
-        reach = unseen * (1 + abs(mean))  # a pair can differ by one from 0, two from 1
-        low, high = max(-1.0, mean - reach), min(1.0, mean + reach)
-    return Interval(mean, low, high)
 
 
 def _as_trained(model):
@@ -219,34 +125,6 @@ def generate_answers(
     return answers
 
 
-def execution_accuracy(model, tokenizer, records, databases, *, system, batch_size=64):
-    """Ask the model every record's question, run its SQL, compare with the gold.
-
-    `system` is the system message of every prompt; None means no message. Returns an
-    Accuracy with its bootstrap interval over the questions.
-
-    Raises, before it asks anything, ValueError for a record that cannot be asked or
-    judged and TypeError for databases that are not open.
-    """
-    check_databases(databases)
-    records = _checked(records)
-    for record in records:
-        judge(record["output"], record, databases)  # raises where it cannot judge
-    prompts = [task.prompt(record, tokenizer, system) for record in records]
-    answers = generate_answers(model, tokenizer, prompts, batch_size)
-    rows = []
-    for record, (text, _) in zip(records, answers, strict=True):
-        sql = extract_sql(text)
-        verdict = judge(sql, record, databases)
-        rows.append(
-            {"question": record["instruction"], "gold": record["output"],
-             "predicted": sql, "right": verdict.right, "reason": verdict.reason}
-        )  # fmt: skip
-    mean, low, high = bootstrap_interval([row["right"] for row in rows])
-    stopped = sum(stop for _, stop in answers) / len(answers)
-    return Accuracy(mean, low, high, len(rows), stopped, rows)
-
-
 def _checked(records) -> list[dict]:
     """The records as a list, after `records.check` of each."""
     records = task.as_list(records)
@@ -279,22 +157,6 @@ def answer_logits(model, tokenizer, records, *, system):
     finally:
         model.train(was_training)
     return torch.cat(kept)
-
-
-def divergence(logits, reference) -> Divergence:
-    """Compare two results of `answer_logits`, row by row: KL and logit error.
-
-    Raises ValueError where their shapes differ: they are not of the same questions.
-    """
-    if logits.shape != reference.shape:
-        raise ValueError(
-            f"logits are {tuple(logits.shape)}, the reference's "
-            f"{tuple(reference.shape)}: take both from the same records"
-        )
-    wanted, given = reference.log_softmax(-1), logits.log_softmax(-1)
-    kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
-    error = ((logits - reference).norm() / reference.norm()).item()
-    return Divergence(kl, error)
 
 
 def generation_speed(model, batch: int, prompt: int = 64, tokens: int = 16) -> float:
@@ -340,36 +202,3 @@ def ask(question, model, tokenizer, database, *, system):
     [(text, _)] = generate_answers(model, tokenizer, [prompt])
     sql = extract_sql(text)
     return Answer(sql, *run_sql(sql, database))
-
-
-def perplexity(model, tokenizer, text, block=256):
-    """Measure exp(mean nats a token) of a text, block by block of so many tokens.
-
-    The tokens that a tokenizer puts before a text (BOS) precede each block, unscored.
-    The interval resamples blocks. Compare two models by `paired_interval` on their
-    `nll`, over 4,000 tokens or more: blocks of one text differ more than models do.
-    A text shorter than a block is one block; what is left over at the end is unread.
-    """
-    check_whole("block", block)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    block = min(block, len(ids) - 1)
-    if block < 1:
-        raise ValueError(f"expected a text of two tokens or more, got {len(ids)}")
-    front = task.leading_ids(tokenizer)
-    was_training, nll = model.training, []
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
-                # block + 1 tokens: the first is context, all others are scored
-                piece = torch.tensor([front + ids[start : start + block + 1]])
-                piece = piece.to(model.device)
-                with _as_trained(model):
-                    logits = model(input_ids=piece[:, :-1], use_cache=False).logits[0]
-                logits, scored = logits[-block:].float(), piece[0, -block:]
-                loss = torch.nn.functional.cross_entropy(logits, scored)
-                nll.append(loss.item())
-    finally:
-        model.train(was_training)
-    value, low, high = (math.exp(nats) for nats in bootstrap_interval(nll))
-    return Perplexity(value, low, high, block * len(nll), nll)
