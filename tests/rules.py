@@ -111,8 +111,8 @@ def counts(notebook, path):
 
 def hashes(notebook, path):
     for i, cell in enumerate(code_cells(notebook), start=1):
-        if cell.metadata.get("source_sha256") != course.source_hash(cell.source):
-            yield f"the output of code cell {i} is not of this source: run make outputs"
+        if cell.metadata.get("output_sha256") != course.output_hash(cell):
+            yield f"code cell {i} or its output was edited: run make outputs"
 
 
 def errors(notebook, path):
@@ -127,7 +127,7 @@ def metadata(notebook, path):
     if notebook.metadata != expected:
         yield f"notebook metadata is {dict(notebook.metadata)}, expected {expected}"
     for cell in notebook.cells:
-        more = set(cell.metadata) - {"tags", "source_sha256"}
+        more = set(cell.metadata) - {"tags", "output_sha256"}
         if more:
             yield f"cell {cell.id} has metadata {sorted(more)}"
         for output in cell.get("outputs", []):
