@@ -419,11 +419,10 @@ RANGE = re.compile(r"(\d)( (?:to|and|or) )(?=[\d.,]*\d ?(?:%|percent\b))")
 KNOWN = re.compile(r"<!-- known: (.*?) -->")
 NO_NUMBERS = re.compile(
     r"(?ms)^```.*?^```|`[^`]*`|<[/!a-z][^>]*>"  # code, and tags of HTML
-    r"|\[\d\d(?=[] ])|\]\([^)]*\)"  # [06 A notebook], and the targets of links
-    r"|\(\d\d\)"  # (06), a notebook as well
+    r"|(?<![\d.,])0\d\b(?![.,]\d)|\]\([^)]*\)"  # notebook 06, targets of links
     r"|\b(?:section|equation)s? \d[\d.]*(?: (?:and|to) \d[\d.]*)?"
     r"|arXiv[: ]\S+|[A-Z][\w.]+,? [(]?(?:19|20)\d\d\b|\d+ (?=[A-Z][a-z]+ 20\d\d)"
-    r"|^(?:\*\*|#+ )?\d+\. "  # an item of a list, an exercise
+    r"|\*\*\d+\. "  # an exercise
     r"|\(\d+ minutes, about \d+ lines?\)"  # the size of an exercise
 )
 
@@ -479,8 +478,7 @@ def fields(row):
 def recorded_values(cell):
     """(value, unit) of each number in the recordings that a cell reads.
 
-    A share between 0 and 1 is given in percent as well. The ends of an interval are
-    left out: prose quotes results.
+    The ends of an interval are left out: prose quotes results.
     """
     for name, call in calls(tree(cell), "recorded"):
         if name != "read":
@@ -491,7 +489,7 @@ def recorded_values(cell):
                     continue
                 ends = [unit for end, unit in FIELD_UNITS.items() if _ends(field, end)]
                 yield value, ends[0] if ends else ""
-                if 0 < value < 1 and not ends:
+                if "share" in field:
                     yield 100 * value, "%"
 
 
