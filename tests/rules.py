@@ -402,10 +402,10 @@ UNITS = {  # how a unit is written in a text, and its short form
     **{"percent": "%", "bits": "bit", "bytes": "byte", "tokens": "token"},
     **{"nats": "nat", "second": "s", "seconds": "s"},
 }
-FIELD_UNITS = {  # how the name of a recorded field ends, and its unit
+FIELD_UNITS = {  # the last word of a recorded field's name, and its unit
     **{"percent": "%", "gib": "GiB", "gb": "GB", "mb": "MB", "bytes": "byte"},
-    **{"tokens": "token", "tokens_per_second": "token", "seconds": "s"},
-    **{"microseconds": "µs", "nats": "nat"},
+    **{"tokens": "token", "seconds": "s", "microseconds": "µs", "nats": "nat"},
+    "second": "token",  # tokens_per_second, in prose "tokens a second"
 }
 NUMBER = re.compile(
     r"(?<![\w.])(?<![A-Za-z]-)"  # not in NF4, 2.13.0 or Llama-3.1
@@ -456,12 +456,13 @@ def numbers_of(text):
 
 
 def shown_text(cell) -> str:
-    """What a cell prints and shows as text."""
+    """What a cell prints and shows as text; the words about a figure are typed."""
     parts = []
     for output in cell.outputs:
         data = output.get("data", {})
-        parts.append(output.get("text", ""))
-        parts.append(data.get("text/markdown", data.get("text/plain", "")))
+        if not set(PICTURES) & set(data):
+            shown = data.get("text/markdown", data.get("text/plain", ""))
+            parts += [output.get("text", ""), shown]
     return "\n".join(parts)
 
 
@@ -487,14 +488,7 @@ def recorded_values(cell):
             for field, value in fields(row):
                 if "_low_" in field or "_high_" in field:
                     continue
-                ends = [unit for end, unit in FIELD_UNITS.items() if _ends(field, end)]
-                yield value, ends[0] if ends else ""
-                if "share" in field:
-                    yield 100 * value, "%"
-
-
-def _ends(field, end) -> bool:
-    return field == end or field.endswith(f"_{end}")
+                yield value, FIELD_UNITS.get(field.split("_")[-1], "")
 
 
 def sources_of(cell):
@@ -517,10 +511,9 @@ def same_unit(number, unit, place) -> bool:
     A table gives its units in its head, so a number without a unit in an output is one
     of any unit but percent. The fields of recordings name their units.
     """
-    either = number.unit == unit
     if place == "recorded" or "%" in (number.unit, unit):
-        return either
-    return either or "" in (number.unit, unit)
+        return number.unit == unit
+    return number.unit == unit or "" in (number.unit, unit)
 
 
 def quoted(notebook):
