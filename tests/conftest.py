@@ -153,10 +153,10 @@ def sample():
         "name": "python3",
     }
     notebook.metadata["language_info"] = {"name": "python"}
-    from tools.course import source_hash
+    from tools.course import output_hash
 
     counted = [cell for cell in cells if cell.cell_type == "code"]
     for count, cell in enumerate(counted, start=1):
         cell.execution_count = count
-        cell.metadata["source_sha256"] = source_hash(cell.source)
+        cell.metadata["output_sha256"] = output_hash(cell)
     return notebook

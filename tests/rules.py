@@ -1,15 +1,18 @@
 """The notebook rules: each takes a notebook and its path, and yields what breaks it."""
 
 import ast
+import decimal
 import functools
 import importlib.metadata
 import itertools
 import re
 import sys
+import typing
 
 import nbformat
 
 from qlora_helpers import env
+from qlora_helpers.lesson import recordings
 from tools import course
 
 TAGS = {
@@ -112,8 +115,8 @@ def counts(notebook, path):
 
 def hashes(notebook, path):
     for i, cell in enumerate(code_cells(notebook), start=1):
-        if cell.metadata.get("source_sha256") != course.source_hash(cell.source):
-            yield f"the output of code cell {i} is not of this source: run make outputs"
+        if cell.metadata.get("output_sha256") != course.output_hash(cell):
+            yield f"code cell {i} or its output was edited: run make outputs"
 
 
 def errors(notebook, path):
@@ -128,7 +131,7 @@ def metadata(notebook, path):
     if notebook.metadata != expected:
         yield f"notebook metadata is {dict(notebook.metadata)}, expected {expected}"
     for cell in notebook.cells:
-        more = set(cell.metadata) - {"tags", "source_sha256"}
+        more = set(cell.metadata) - {"tags", "output_sha256"}
         if more:
             yield f"cell {cell.id} has metadata {sorted(more)}"
         for output in cell.get("outputs", []):
@@ -393,6 +396,179 @@ def solution_code(cell) -> list[str]:
     return re.findall(r"(?ms)^```python\n(.*?)^```", cell.source)
 
 
+# ---- numbers in prose
+
+UNITS = {  # how a unit is written in a text, and its short form
+    **{name: name for name in ("GiB", "MiB", "KiB", "GB", "MB", "kB", "bit", "byte")},
+    **{name: name for name in ("%", "ms", "µs", "token", "nat", "sigma")},
+    **{"percent": "%", "bits": "bit", "bytes": "byte", "tokens": "token"},
+    **{"nats": "nat", "second": "s", "seconds": "s"},
+}
+FIELD_UNITS = {  # the last word of a recorded field's name, and its unit
+    **{"percent": "%", "gib": "GiB", "gb": "GB", "mb": "MB", "bytes": "byte"},
+    **{"tokens": "token", "seconds": "s", "microseconds": "µs", "nats": "nat"},
+    "second": "token",  # tokens_per_second, in prose "tokens a second"
+}
+NUMBER = re.compile(
+    r"(?<![\w.])(?<![A-Za-z]-)"  # not in NF4, 2.13.0 or Llama-3.1
+    r"(?P<digits>\d+(?:,\d{3})*+(?:\.\d+)?+(?:e[-+]?\d+)?+)"
+    r"(?!\.?\w)(?!-bit)"  # not in 8B, 2.13.0 or 4-bit
+    r"(?P<scale> million| billion|)"
+    rf"(?: ?(?P<unit>{'|'.join(sorted(UNITS, reverse=True))})(?!\w))?"
+)
+# "5 to 11 %" means "5 % to 11 %"
+RANGE = re.compile(r"(\d)( (?:to|and|or) )(?=[\d.,]*\d ?(?:%|percent\b))")
+KNOWN = re.compile(r"<!-- known: (.*?) -->")
+NO_NUMBERS = re.compile(
+    r"(?ms)^```.*?^```|`[^`]*`|<[/!a-z][^>]*>"  # code, and tags of HTML
+    r"|(?<![\d.,])0\d\b(?![.,]\d)|\]\([^)]*\)"  # notebook 06, targets of links
+    r"|\b(?:section|equation)s? \d[\d.]*(?: (?:and|to) \d[\d.]*)?"
+    r"|arXiv[: ]\S+|[A-Z][\w.]+,? [(]?(?:19|20)\d\d\b|\d+ (?=[A-Z][a-z]+ 20\d\d)"
+    r"|\*\*\d+\. "  # an exercise
+    r"|\(\d+ minutes, about \d+ lines?\)"  # the size of an exercise
+)
+
+
+class Number(typing.NamedTuple):
+    """A number in a text: as it is written, its value, its unit, its rounding."""
+
+    text: str
+    value: float
+    unit: str  # "" where none that is known follows
+    step: float  # of the last digit: 0.1 for 4.5
+
+    def rounds(self, value) -> bool:
+        """Whether a value rounds to this number."""
+        if self.text.isdigit() and len(self.text) == 1:
+            return abs(value) == self.value  # otherwise almost everything is a 3
+        return abs(abs(value) - self.value) <= self.step / 2 * (1 + 1e-9)
+
+
+def numbers_of(text):
+    """The numbers of a text, without signs; words with letters (NF4, 8B) are none."""
+    for found in NUMBER.finditer(RANGE.sub(r"\1 %\2", text)):
+        digits = found["digits"].replace(",", "")
+        step = 10 ** decimal.Decimal(digits).as_tuple().exponent
+        if digits.isdigit() and len(digits) > 3:  # 11,000 is 10,950 to 11,050
+            zeros = len(digits) - len(digits.rstrip("0"))
+            step = 10 ** min(zeros, len(digits) - 3)
+        scale = {" million": 1e6, " billion": 1e9, "": 1}[found["scale"]]
+        unit = UNITS.get(found["unit"], "")
+        yield Number(found[0], float(digits) * scale, unit, step * scale)
+
+
+def shown_text(cell) -> str:
+    """What a cell prints and shows as text; the words about a figure are typed."""
+    parts = []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if not set(PICTURES) & set(data):
+            shown = data.get("text/markdown", data.get("text/plain", ""))
+            parts += [output.get("text", ""), shown]
+    return "\n".join(parts)
+
+
+def fields(row):
+    """(name, value) of each number in a recorded row, of those inside it as well."""
+    for name, value in row.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                yield from fields(part)
+            elif isinstance(part, int | float) and not isinstance(part, bool):
+                yield name, part
+
+
+def recorded_values(cell):
+    """(value, unit) of each number in the recordings that a cell reads.
+
+    The ends of an interval are left out: prose quotes results.
+    """
+    for name, call in calls(tree(cell), "recorded"):
+        if name != "read":
+            continue
+        for row in recordings.read(ast.literal_eval(call.args[0]))["rows"]:
+            for field, value in fields(row):
+                if "_low_" in field or "_high_" in field:
+                    continue
+                yield value, FIELD_UNITS.get(field.split("_")[-1], "")
+
+
+def sources_of(cell):
+    """(value, unit, where from) of all that prose may quote from a code cell."""
+    if tagged(cell, "settings"):
+        for number in numbers_of(cell.source):
+            yield number.value, number.unit, "settings"
+            if 0 < number.value < 1:
+                yield 100 * number.value, "%", "settings"
+    if not tagged(cell, "nbval-ignore-output"):
+        for number in numbers_of(shown_text(cell)):
+            yield number.value, number.unit, "output"
+    for value, unit in recorded_values(cell):
+        yield value, unit, "recorded"
+
+
+def same_unit(number, unit, place) -> bool:
+    """Whether a number in prose may quote one with this unit.
+
+    A table gives its units in its head, so a number without a unit in an output is one
+    of any unit but percent. The fields of recordings name their units.
+    """
+    if place == "recorded" or "%" in (number.unit, unit):
+        return number.unit == unit
+    return number.unit == unit or "" in (number.unit, unit)
+
+
+def quoted(notebook):
+    """(cell, number, where it was found or None) of each number in prose.
+
+    A number may be quoted from the settings, and from the recordings and the compared
+    outputs of the cells above. Numbers that are known from elsewhere (the literature,
+    constants of the field) are marked at the end of their cell, and words may say what
+    they are: `<!-- known: 68 of 100, a Gaussian -->`.
+    """
+    quotable = []
+    for cell in notebook.cells[1:]:
+        if cell.cell_type == "code":
+            quotable += sources_of(cell)
+            continue
+        known = set(known_of(cell))
+        for number in numbers_of(NO_NUMBERS.sub(" ", cell.source)):
+            if (number.value, number.unit == "%") in known:
+                yield cell, number, "known"
+                continue
+            fits = (
+                place
+                for value, unit, place in quotable
+                if number.rounds(value) and same_unit(number, unit, place)
+            )
+            yield cell, number, next(fits, None)
+
+
+def known_of(cell):
+    """(value, whether in percent) of each number that a markdown cell marks."""
+    for number in numbers_of(" ".join(KNOWN.findall(cell.source))):
+        yield number.value, number.unit == "%"
+
+
+def numbers(notebook, path):
+    """Each number in prose can be looked up, so it cannot differ from the outputs.
+
+    Numbers that are written as words (a third, twenty) are not looked up.
+    """
+    in_prose = {cell.id: set() for cell in notebook.cells}
+    for cell, number, place in quoted(notebook):
+        in_prose[cell.id].add((number.value, number.unit == "%"))
+        if place is None:
+            yield (
+                f"cell {cell.id}: {number.text} is in no compared output above, no "
+                "setting and no recording: print it (check.say), or mark it as known"
+            )
+    for cell in notebook.cells[1:]:
+        if cell.cell_type == "markdown":
+            for value, _ in set(known_of(cell)) - in_prose[cell.id]:
+                yield f"cell {cell.id} marks {value:g}, which its text does not hold"
+
+
 # ---- what a reader meets
 
 
@@ -481,6 +657,7 @@ RULES = [
     check_ids,
     predictions,
     exercises,
+    numbers,
     figures,
     links,
     private,

@@ -123,6 +123,33 @@ def test_holds_refuses_what_is_no_claim():
         check.holds("06.better", 0.7, "accuracy")
 
 
+def test_say_shows_prose_in_a_notebook(tmp_path):
+    script = """
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from qlora_helpers import check
+InteractiveShell.instance()
+with capture_output() as captured:
+    check.say(f"After training **{0.45:.0%}** are right.")
+[shown] = captured.outputs
+print(shown.data["text/markdown"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=check.env.ROOT,
+        env={**os.environ, "IPYTHONDIR": str(tmp_path)},
+    )
+    assert done.stdout == "After training **45%** are right.\n"
+
+
+def test_say_prints_in_a_script(capsys):
+    check.say("After training **45%** are right.")
+    assert capsys.readouterr().out == "After training **45%** are right.\n"
+
+
 def test_journal_keeps_each_comparison(journal):
     check.compare("02.bits", 4, 4.5, unit="bit")
     check.choose("02.saves", ..., answer="b", options=OPTIONS)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import io
 import pathlib
 import re
@@ -273,7 +274,10 @@ BAD = [
     ("counts", lambda n: n.cells[2].update(execution_count=7)),
     ("counts", lambda n: n.cells[2].update(execution_count=None)),
     ("hashes", source(2, "1", "2")),
-    ("hashes", lambda n: n.cells[2].metadata.pop("source_sha256")),
+    ("hashes", lambda n: n.cells[2].metadata.pop("output_sha256")),
+    ("hashes", lambda n: n.cells[7].outputs.pop()),
+    ("hashes", lambda n: n.cells[7].outputs[0].update(text="a better figure\n")),
+    ("hashes", without_alt),
     ("errors", output(7, output_type="error", ename="E", evalue="", traceback=[])),
     ("metadata", lambda n: n.metadata.update(widgets={})),
     ("metadata", lambda n: n.metadata.kernelspec.update(name="mine")),
@@ -325,6 +329,12 @@ BAD = [
     ("exercises", source(12, "Hint", "Help")),
     ("exercises", source(12, "```python", "```")),
     ("exercises", source(12, "+.\n\n</details>", "+.")),
+    ("numbers", source(9, "is 2", "is 4")),
+    ("numbers", source(9, "is 2", "is 2 %")),
+    ("numbers", source(9, "is 2", "is 2.4")),
+    ("numbers", source(9, "is 2", "is 2, not 4, <!-- known: 5 -->")),
+    ("numbers", source(9, "is 2.", "is 2. <!-- known: 7 -->")),
+    ("numbers", tag(5, "nbval-ignore-output")),
     ("figures", without_alt),
     ("figures", lambda n: n.cells.__delitem__(slice(8, 11))),
     ("links", source(13, "01_sum.ipynb", "02_gone.ipynb")),
@@ -341,6 +351,109 @@ BAD = [
 def test_rule_catches(name, spoil, sample, path):
     spoil(sample)
     assert list(getattr(rules, name)(sample, path)) != []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NF4, FP4, fp16, an 8B, Llama-3.1-8B, torch 2.13.0, 4-bit, `7`, `a = 9`",
+        "```python\nx = 7\n```",
+        "[05 Paging](05_paging.ipynb#7) and (07)",
+        "QLoRA section 3 and equations 5 and 6; Yoshida (2023), arXiv 2306.06965",
+        "**1. An exercise** (10 minutes, about 5 lines).",
+        '<img width="300">',
+        "1.5 and, rounded, 1.50 and 2",
+        "about 77 of 100 <!-- known: 77 of 100, a Gaussian -->",
+    ],
+)
+def test_numbers_that_prose_may_hold(text, sample, path):
+    sample.cells[8].source = text
+    assert list(rules.numbers(sample, path)) == []
+
+
+@pytest.mark.parametrize(
+    "shown, prose, fits",
+    [
+        ("96.8", "97", True),
+        ("96.8", "96", False),
+        ("96.8", "96.80", True),
+        ("134,515,008", "134.5 million", True),
+        ("134,515,008", "134.6 million", False),
+        ("54,413", "54,400", True),
+        ("54,413", "54,000", False),
+        ("0.284", "28 %", False),
+        ("28.4%", "28 percent", True),
+        ("28.4%", "28", False),
+        ("5.2 % and 11.3 %", "5 to 11 %", True),
+        ("7.6 GiB", "7.6 GB", False),
+        ("7.6", "7.6 GiB", True),
+        ("3.7", "4", False),
+    ],
+)
+def test_a_number_in_prose_rounds_one_in_an_output(shown, prose, fits, sample, path):
+    sample.cells[5].outputs[0].text = shown
+    sample.cells[8].source, sample.cells[9].source = prose, "## What we found"
+    assert (list(rules.numbers(sample, path)) == []) is fits
+
+
+def test_prose_may_quote_a_recording_with_its_unit(sample, path):
+    sample.cells[7].source = 'recorded.read("recipe")'
+    sample.cells[8].source = "Over three seeds the values were 85 %."
+    assert list(rules.numbers(sample, path)) == []
+    for other in ("85", "85 GiB", "86 %"):
+        sample.cells[8].source = f"Over three seeds the values were {other}."
+        assert len(list(rules.numbers(sample, path))) == 1
+
+
+# ---- a result that is changed by hand, on copies of the notebooks
+
+
+@pytest.fixture
+def training():
+    [path] = course.find(["06"])
+    notebook = read(path)
+    return path, {cell.id: cell for cell in notebook.cells}, notebook
+
+
+@pytest.mark.parametrize("share", ["45 %", "28 %"])
+def test_a_result_that_is_not_compared_cannot_be_typed(share, training):
+    path, cells, notebook = training
+    before = list(rules.numbers(notebook, path))
+    cells["reveal-hardest"].source += f"\nOf new combinations {share} are right."
+    assert len(list(rules.numbers(notebook, path))) == len(before) + 1
+
+
+def test_a_number_that_drifted_from_the_recording_is_caught(training):
+    path, cells, notebook = training
+    before = list(rules.numbers(notebook, path))
+    text = cells["found-text"].source
+    assert "34 to 42 %" in text
+    cells["found-text"].source = text.replace("34 to 42 %", "34 to 45 %")
+    assert len(list(rules.numbers(notebook, path))) == len(before) + 1
+
+
+def another_digit(outputs):
+    for output in outputs:
+        if first := re.search(r"\d", output.get("text", "")):
+            other = str(9 - int(first[0]))
+            output.text = output.text.replace(first[0], other, 1)
+            return
+
+
+@pytest.mark.parametrize("path", **WITH_NAMES)
+@pytest.mark.parametrize("spoil", [another_digit, list.pop, list.clear])
+def test_an_output_edited_by_hand_is_caught(spoil, path):
+    notebook = read(path)
+    cells = [cell for cell in rules.code_cells(notebook) if cell.outputs]
+    for cell in rules.code_cells(notebook):
+        cell.metadata["output_sha256"] = course.output_hash(cell)
+    assert list(rules.hashes(notebook, path)) == []
+    for count, cell in enumerate(cells, start=1):
+        before = copy.deepcopy(cell.outputs)
+        spoil(cell.outputs)
+        if cell.outputs == before:  # a picture has no digit
+            cell.outputs = []
+        assert len(list(rules.hashes(notebook, path))) == count
 
 
 def test_each_rule_is_shown_to_catch_something():

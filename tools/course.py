@@ -61,9 +61,12 @@ def find(names=(), folder=NOTEBOOKS) -> list[pathlib.Path]:
     return sorted(set(found)) if names else known
 
 
-def source_hash(source) -> str:
-    """The SHA-256 of a cell's source, stored beside the output that came from it."""
-    return hashlib.sha256(source.encode("utf-8")).hexdigest()
+def output_hash(cell) -> str:
+    """The SHA-256 of a code cell's source and of all that its outputs hold.
+
+    It is stored in the cell's metadata, so that no edit of either goes unseen.
+    """
+    return _sha256_of([cell.source, cell.outputs])
 
 
 def execute(path, notebook=None):
@@ -117,7 +120,7 @@ def clean(notebook):
 
 
 def outputs(names=(), folder=NOTEBOOKS) -> None:
-    """Run notebooks and store their outputs, each with the hash of its cell's source.
+    """Run notebooks and store their outputs, each cell with its hash.
 
     A notebook that fails is left as it was. Raises as `execute` does.
     """
@@ -127,11 +130,11 @@ def outputs(names=(), folder=NOTEBOOKS) -> None:
 
 
 def store(path, notebook) -> None:
-    """Replace a notebook by its executed self, each source's hash beside its output."""
+    """Replace a notebook by its executed self, each code cell with its hash."""
     notebook = clean(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.metadata["source_sha256"] = source_hash(cell.source)
+            cell.metadata["output_sha256"] = output_hash(cell)
     _write(path, nbformat.writes(notebook))
 
 
@@ -235,12 +238,13 @@ def stamp(folder=NOTEBOOKS, address=None) -> None:
             )
         for cell in notebook.cells:
             if "setup" in cell.metadata.get("tags", []) and cell.cell_type == "code":
+                unedited = cell.metadata.get("output_sha256") == output_hash(cell)
                 cell.source = re.sub(
                     r'(?m)^(\s*REPOSITORY = )"[^"]*"', rf'\1"{address}"', cell.source
                 )
-                # read on Colab alone: the stored output stays that of this source
-                if "source_sha256" in cell.metadata:
-                    cell.metadata["source_sha256"] = source_hash(cell.source)
+                # Only Colab reads the address, so the stored output is still right.
+                if unedited:
+                    cell.metadata["output_sha256"] = output_hash(cell)
         _write(path, nbformat.writes(notebook))
     if pathlib.Path(folder) == NOTEBOOKS:
         readme = env.ROOT / "README.md"
@@ -315,7 +319,13 @@ def _fingerprint(notebook) -> str:
         [cell.cell_type, cell.source, cell.get("outputs"), cell.metadata.get("tags")]
         for cell in notebook.cells
     ]
-    return source_hash(json.dumps(cells, sort_keys=True))
+    return _sha256_of(cells)
+
+
+def _sha256_of(value) -> str:
+    """The SHA-256 of a value's JSON; the order of keys makes no difference."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _prints(copy) -> tuple[str | None, str | None]:

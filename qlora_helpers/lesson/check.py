@@ -86,6 +86,22 @@ def holds(id, claim, text) -> None:
     _write(id, "holds", measured=bool(claim))
 
 
+def say(text) -> None:
+    """Show a sentence about results: as prose in a notebook, printed in a script.
+
+    `text` is markdown. Make it from the variables of the cell, so that a number in it
+    is always the one that was measured in the same run.
+    """
+    from IPython import get_ipython  # slow to import, and a script does not need it
+
+    if get_ipython() is None:
+        print(text)
+        return
+    from IPython.display import Markdown, display
+
+    display(Markdown(text))
+
+
 def journal() -> list[dict]:
     """The comparisons made so far on this machine, oldest first; [] if there are none.
 
