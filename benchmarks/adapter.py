@@ -10,17 +10,18 @@ column `late` is called `delay`.
 import json
 import sys
 
+import common
 import torch
-from peft import get_peft_model
-from recipe import BATCH, LEARNING_RATE, STEPS, TESTS
 
-from qlora_helpers import adapters, env, evaluate, models, recorded, records, sql, train
+from qlora_helpers import adapters, env, evaluate, models, records, sql, train
+from tools import recordings
 
 RANK = {"late": 16, "delay": 4}  # by what the column is called
 FOLDER = {"late": "adapter", "delay": "adapter_delay"}
+TESTS = ("values", "phrasing", "composition")
 
 
-def main(column: str) -> None:
+def main(column: str = "late") -> None:
     env.quiet()
     machine = env.profile()
 
@@ -28,15 +29,12 @@ def main(column: str) -> None:
         return record | {"output": record["output"].replace("late", column)}
 
     system = records.SYSTEM.replace("late", column)
-    model, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
-    torch.manual_seed(0)
-    model = get_peft_model(model, train.lora_config(RANK[column], 2 * RANK[column]))
+    base, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
     training = [named(record) for record in records.load("train")]
     dataset = records.to_prompt_completion(training, tokenizer, system=system)
-    folder = str(env.cache_dir() / "benchmark_adapter")
-    settings = train.sft_config(machine, folder, STEPS, BATCH, LEARNING_RATE)
-    trainer = train.build_trainer(model, tokenizer, dataset, settings)
-    train.check_effective(trainer, machine)
+    trainer = common.recipe_trainer(
+        base, tokenizer, common.settings_of(), RANK[column], dataset
+    )
     trainer.train()
     scripts = [text.replace("late", column) for text in records.database_scripts()]
     databases = [sql.open_database(text) for text in scripts]
@@ -44,22 +42,22 @@ def main(column: str) -> None:
     for test in TESTS:
         questions = [named(record) for record in records.load(test)]
         judged = evaluate.execution_accuracy(
-            model, tokenizer, questions, databases, system=system
+            trainer.model, tokenizer, questions, databases, system=system
         )
         accuracy[f"{test}_percent"] = [round(100 * value, 1) for value in judged[:3]]
     place = env.ROOT / "data" / FOLDER[column]
     (place / "training.json").unlink(missing_ok=True)  # written again below
     saved = adapters.save_adapter(
-        model,
+        trainer.model,
         None,  # the base's tokenizer, unchanged
         place,
         models.base_identity(models.EMBEDDED),
         dtype=torch.float16,  # half the bytes; more digits than bf16 has
     )
-    facts = recorded.facts() | {
-        "steps": STEPS,
-        "batch": BATCH,
-        "learning_rate": LEARNING_RATE,
+    facts = recordings.facts() | {
+        "steps": common.STEPS,
+        "batch": common.BATCH,
+        "learning_rate": common.LEARNING_RATE,
         "compute_dtype": str(machine.compute_dtype),
         "accuracy": accuracy,
     }
@@ -69,4 +67,4 @@ def main(column: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["late"]))
+    main(*sys.argv[1:])

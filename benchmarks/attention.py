@@ -9,20 +9,15 @@ It also holds the longest row that fits into 15 GiB less what CUDA takes, found 
 bisection. The measurement proves what fits on a T4, but not its speed.
 """
 
-import json
-import os
-import statistics
-import subprocess
 import sys
 
+import common
 import torch
-from datasets import Dataset
-from longest_row import CARD_GIB, CLOSE
-from memory_grid import StepTimes, clean, configs, make
-from transformers import AutoTokenizer
+from longest_row import CARD_GIB, CLOSE, bisect
+from memory_grid import configs, make
 from transformers.integrations import sdpa_attention
 
-from qlora_helpers import embedded, env, fit, memory, models, recorded, train
+from qlora_helpers import env, fit, memory, models, train
 from qlora_helpers.plan import Extras
 
 STEPS = 8  # the first ones search for kernels and make the optimizer's states
@@ -54,49 +49,32 @@ def attend(way: str) -> None:
     sdpa_attention.use_gqa_in_sdpa = keep
 
 
-def run_of(shape: str, rows: int, tokens: int) -> dict:
-    """A run as memory_grid.py describes it: QLoRA, every layer checkpointed."""
-    return {
-        "shape": shape, "method": "qlora", "length": tokens, "rows": rows, "every": 1,
-    }  # fmt: skip
-
-
-def train_rows(model, run, machine, padded, steps) -> dict:
-    """Train some steps on rows of random tokens; return the peak and the speed."""
-    settings = configs(run, machine)[3]
-    settings.max_steps = steps
-    settings.output_dir = str(env.cache_dir() / "benchmark_attention")
-    lengths = [run["length"]] * steps * run["rows"]
+def trained(model, run, padded: bool) -> dict:
+    """Train STEPS steps on rows of random tokens; return the peak and the speed."""
+    settings = configs(run, env.profile())[3]
+    settings.max_steps = STEPS
+    lengths = [run["length"]] * STEPS * run["rows"]
     if padded:
         lengths = [length - i for i, length in enumerate(lengths)]
-    ids = [torch.randint(0, 1000, (length,)).tolist() for length in lengths]
-    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
-    times = StepTimes()
-    trainer = train.build_trainer(
-        model, tokenizer, Dataset.from_dict({"input_ids": ids}), settings
-    )
+    times = common.StepTimes()
+    trainer = common.random_trainer(model, settings, lengths)
     trainer.remove_callback(train.LiveLoss)
     trainer.add_callback(times)
     found = memory.measure(trainer)
-    seconds = statistics.median(times.seconds[2:] or times.seconds)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "tokens_per_second": round(sum(lengths) / steps / seconds),
-        "peak_gib": round(found["peak"] / env.GIB, 4),
+        "tokens_per_second": round(sum(lengths) / STEPS / times.median(skip=3)),
+        "peak_gib": common.gib(found["peak"]),
         "last_loss": round(losses[-1], 4),
     }
 
 
-def measure(shape: str) -> None:
-    """Train each size in each way, and print a row after each run."""
-    env.quiet()
-    machine = env.profile()
-    model = make(run_of(shape, 1, 512), machine)
+def peaks(shape: str):
+    """Train each size in each way; yield a row after each run."""
+    run = {"shape": shape, "method": "qlora", "length": 512, "rows": 1, "every": 1}
+    model = make(run, env.profile())
     for rows, tokens, padded in SIZES:
-        run = run_of(shape, rows, tokens)
-        settings_of = fit.configs(
-            models.llama_config(shape), "qlora", rows, tokens, 1, machine
-        )
+        run |= {"rows": rows, "length": tokens}
         for way, (newer, repeated) in WAYS.items():
             attend(way)
             row = {"what": "peak", "shape": shape, "rows": rows, "tokens": tokens}
@@ -104,55 +82,41 @@ def measure(shape: str) -> None:
             if newer or repeated:  # the scores of math attention are not predicted
                 # transformers repeats by itself if a mask hides padding
                 extras = Extras(repeat_kv=repeated or padded)
-                predicted = memory.predict(*settings_of, extras).peak
-                row["predicted_gib"] = round(predicted / env.GIB, 4)
+                predicted = memory.predict(*configs(run, env.profile()), extras)
+                row["predicted_gib"] = common.gib(predicted.peak)
             try:
-                row |= train_rows(model, run, machine, padded, STEPS)
+                row |= trained(model, run, padded)
             except torch.OutOfMemoryError as error:
-                row["out_of_memory"] = str(error).splitlines()[0][:200]
-            clean(model)
-            print(json.dumps(row), flush=True)
-    cap = CARD_GIB - fit.CONTEXT_GIB
-    memory.hold_to(cap)
+                row["out_of_memory"] = common.out_of_memory(error)
+            common.clean(model)
+            yield row
+
+
+def longest(shape: str, way: str):
+    """Bisect for the longest row that trains; yield the row after each try."""
+    attend(way)
+    promised = fit.longest_row(models.llama_config(shape), CARD_GIB, kind="fp16")
+    for low, high in bisect(shape, 0, 2 * promised // CLOSE * CLOSE):
+        yield {
+            "what": "longest",
+            "shape": shape,
+            "way": way,
+            "cap_gib": CARD_GIB - fit.CONTEXT_GIB,
+            "promised_tokens": promised,
+            "longest_tokens": low,
+            "too_long_tokens": high,
+        }
+
+
+def main(shape: str = "8B") -> None:
+    same = ("what", "shape", "rows", "tokens", "padded", "way")
+    rows = common.in_child(peaks, shape, QLORA_PROFILE="fp16")
+    common.record("attention", rows, same)
     for way in ("as on a T4", "as on a T4, repeated"):
-        attend(way)
-        promised = fit.longest_row(models.llama_config(shape), CARD_GIB, kind="fp16")
-        low, high = 0, 2 * promised // CLOSE * CLOSE
-        while high - low > CLOSE:
-            middle = (low + high) // 2 // CLOSE * CLOSE
-            try:
-                train_rows(model, run_of(shape, 1, middle), machine, False, 2)
-                low = middle
-            except torch.OutOfMemoryError:
-                high = middle
-            clean(model)
-            row = {"what": "longest", "shape": shape, "way": way, "cap_gib": cap}
-            row |= {"promised_tokens": promised, "longest_tokens": low}
-            print(json.dumps(row | {"too_long_tokens": high}), flush=True)
-
-
-def main(shape: str) -> None:
-    done = subprocess.Popen(
-        [sys.executable, __file__, "measure", shape],
-        env={**os.environ, "QLORA_PROFILE": "fp16"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    rows, longest = [], {}
-    for line in filter(lambda line: line.startswith("{"), done.stdout):
-        print(line, end="", flush=True)
-        row = json.loads(line)
-        if row["what"] == "longest":
-            longest[row["way"]] = row  # only the last try of each way counts
-        else:
-            rows.append(row)
-        recorded.write("attention", recorded.facts(), [*rows, *longest.values()])
-    if done.wait():
-        sys.exit("the measurement stopped early: read the error above and run it again")
+        for row in common.in_child(longest, shape, way, QLORA_PROFILE="fp16"):
+            # one call for each row, so that each try replaces the one before
+            common.record("attention", [row], same)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]:
-        measure(sys.argv[2])
-    else:
-        main(*(sys.argv[1:] or ["8B"]))
+    main(*sys.argv[1:])

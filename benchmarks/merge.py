@@ -8,34 +8,21 @@ Adds its rows to data/measured/merge.json, in place of older ones of the same ru
 merge is held against the model that was trained, 4-bit base and adapter.
 """
 
-import gc
 import sys
 
+import common
 import gguf
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import get_peft_model
-from recipe import BATCH, LEARNING_RATE, STEPS
-from transformers import AutoTokenizer
 
-from qlora_helpers import (
-    adapters,
-    embedded,
-    env,
-    evaluate,
-    merge,
-    models,
-    recorded,
-    records,
-    sql,
-    train,
-)
+from qlora_helpers import adapters, env, evaluate, merge, models, records, sql, train
+from tools import recordings
 
 BF16, NF4 = "bf16", "nf4"
 GGUF = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
 RANKS = (4, 16, 64, 256)
 STRENGTHS = (0.25, 0.5, 2, 4, 8)
-RATES = {"1B": 2e-4, "8B": 2e-4}
+SHAPES, RATE = ("1B", "8B"), 2e-4  # random weights, and their learning rate
 FEW_STEPS = 30  # of an 8B, for time's sake
 
 
@@ -99,8 +86,7 @@ class Study:
         if logits is not None:
             kl, error = evaluate.divergence(logits, self.reference)
             row |= {"kl_nats": round(kl, 5), "logit_error": round(error, 5)}
-        print({k: v for k, v in row.items() if k != "verdicts"}, flush=True)
-        return row
+        return row | {"gpu": recordings.facts()["gpu"]}
 
     def rows(self, run, kinds, strength=1):
         """A row for the model that was trained, and one for each merge of it."""
@@ -144,24 +130,21 @@ class Study:
         ]
 
 
-def trained_here(base, tokenizer, rank, rate, steps=STEPS):
-    """The model after some steps of the recipe, with an adapter of this rank."""
-    machine = env.profile()
-    torch.manual_seed(0)
-    model = get_peft_model(base, train.lora_config(rank, 2 * rank))
-    dataset = records.to_prompt_completion(
-        records.load("train"), tokenizer, system=records.SYSTEM
-    )
-    folder = str(env.cache_dir() / "benchmark_merge")
-    settings = train.sft_config(machine, folder, steps, BATCH, rate)
-    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+def trained_here(base, tokenizer, settings, rank=16):
+    """Return the model after training with the recipe, with an adapter of this rank."""
+    trainer = common.recipe_trainer(base, tokenizer, settings, rank)
     trainer.train()
-    return model.eval()
+    return trainer.model.eval()
+
+
+def embedded_base():
+    """Return the 4-bit embedded Llama and its tokenizer."""
+    return models.load_base(models.EMBEDDED, train.nf4_config(env.profile()))
 
 
 def study_embedded():
-    machine = env.profile()
-    base, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
+    """Yield the rows of data/adapter: every kind of file, and several strengths."""
+    base, tokenizer = embedded_base()
     identity = models.base_identity(models.EMBEDDED)
     trained = adapters.load_adapter(base, env.path("data/adapter"), identity)
     plain, _ = models.load_base(models.EMBEDDED)
@@ -175,19 +158,20 @@ def study_embedded():
 
 
 def study_rank(rank):
-    machine = env.profile()
-    base, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
-    trained = trained_here(base, tokenizer, rank, LEARNING_RATE)
+    """Yield the rows of an adapter of this rank, trained here on the embedded Llama."""
+    base, tokenizer = embedded_base()
+    trained = trained_here(base, tokenizer, common.settings_of(), rank)
     plain, _ = models.load_base(models.EMBEDDED)
     study = Study(trained, plain, tokenizer, records.load("phrasing"))
     yield from study.rows(f"rank {rank}", (BF16, NF4))
 
 
 def study_random(shape):
-    machine = env.profile()
-    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
-    base = models.random_llama(shape, train.nf4_config(machine))
-    trained = trained_here(base, tokenizer, 16, RATES[shape], FEW_STEPS)
+    """Yield the rows of a larger Llama with random weights; nothing is asked of it."""
+    tokenizer = common.embedded_tokenizer()
+    base = models.random_llama(shape, train.nf4_config(env.profile()))
+    settings = common.settings_of(FEW_STEPS, rate=RATE)
+    trained = trained_here(base, tokenizer, settings)
     plain = models.random_llama(shape)  # the same seed, so the same weights
     questions = records.load("phrasing")[:24]
     study = Study(trained, plain, tokenizer, questions)
@@ -195,23 +179,20 @@ def study_random(shape):
     yield from study.rows(f"{shape}, random weights", (BF16, NF4))
 
 
+def study(name):
+    """Return the rows of one name of the command line."""
+    if name == "embedded":
+        return study_embedded()
+    return study_rank(int(name)) if name.isdigit() else study_random(name)
+
+
 def main(names) -> None:
     env.quiet()
-    for name in names:
-        if name == "embedded":
-            study = study_embedded()
-        else:
-            study = study_rank(int(name)) if name.isdigit() else study_random(name)
-        new = [row | {"gpu": recorded.facts()["gpu"]} for row in study]
-        try:
-            rows = recorded.read("merge")["rows"]
-        except FileNotFoundError:
-            rows = []
-        runs = {row["run"] for row in new}
-        rows = [row for row in rows if row["run"] not in runs] + new
-        recorded.write("merge", recorded.facts(), rows)
-        gc.collect()
+    known = ["embedded", *map(str, RANKS), *SHAPES]
+    for name in common.names_or_all(names, known):
+        common.record("merge", study(name), same=("run", "strength", "into", "kind"))
+        common.clean()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["embedded", *map(str, RANKS), *RATES])
+    main(sys.argv[1:])

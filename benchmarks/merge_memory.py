@@ -3,43 +3,41 @@
     python benchmarks/merge_memory.py [embedded] [1B] [8B]
 
 Writes data/measured/merge_memory.json, on any Linux machine. Each merge runs in a
-process of its own, with random weights and a random adapter for the larger shapes;
-counted is what it held on top of its libraries, that no file backs.
+process of its own. The larger shapes have random weights and a random adapter. What is
+counted is the memory that no file backs, beyond what the libraries hold.
 """
 
-import gc
-import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 
+import common
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers import adapters, env, memory, merge, models, recorded, train
+from qlora_helpers import adapters, env, memory, merge, models, train
 
 SHAPES = ("embedded", "1B", "8B")
-WAYS = {  # name: where into, shard in MB; "": in memory
-    "in memory, into original": ("original", ""),
-    "in memory, into dequantized": ("dequantized", ""),
-    "in memory, into 4 bits": ("4 bits", ""),
-    "shards of 1 GB, original": ("original", "1000"),
-    "shards of 1 GB, dequantized": ("dequantized", "1000"),
-    "shards of 60 MB, dequantized": ("dequantized", "60"),
+WAYS = {  # name: where into, shard in MB (None: in memory)
+    "in memory, into original": ("original", None),
+    "in memory, into dequantized": ("dequantized", None),
+    "in memory, into 4 bits": ("4 bits", None),
+    "shards of 1 GB, original": ("original", 1000),
+    "shards of 1 GB, dequantized": ("dequantized", 1000),
+    "shards of 60 MB, dequantized": ("dequantized", 60),
 }
 
 
 def make(shape: str, folder: pathlib.Path):
-    """A base with random weights and an adapter that changes it, on disk."""
+    """Write a base with random weights, and an adapter that changes it, to disk."""
     if shape == models.EMBEDDED:
         return models.EMBEDDED, env.path("data/adapter")
     base, adapter = folder / "base", folder / "adapter"
     model = models.random_llama(shape)
     model.bfloat16().save_pretrained(base, max_shard_size="2GB")
     del model
-    gc.collect()
+    common.clean()
     model, _ = models.skeleton(models.llama_config(shape), None, torch.bfloat16)
     model = get_peft_model(model, train.lora_config())
     changes = {}
@@ -54,8 +52,8 @@ def make(shape: str, folder: pathlib.Path):
     return str(base), adapter
 
 
-def in_memory(base: str, adapter: str, out: str, into: str) -> dict:
-    """Merge with PEFT and save, as tutorials do: bytes of the result, and held."""
+def in_memory(base: str, adapter, out, into: str) -> tuple[int, int]:
+    """Merge with PEFT and save, as tutorials do: bytes predicted, and held."""
     source = merge.base_folder(base)
     files = merge.tensors_of(source)
     weights = sum(size for _, size in files.values())
@@ -74,50 +72,41 @@ def in_memory(base: str, adapter: str, out: str, into: str) -> dict:
     pairs = merge.read_pairs(adapter)
     changed = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
     changed *= 4 // next(iter(pairs.values()))[0].itemsize  # PEFT loads them in fp32
-    return {"predicted": weights + changed, "held": held["bytes"]}
+    return weights + changed, held["bytes"]
 
 
-def by_shards(base: str, adapter: str, out: str, into: str, shard: str) -> dict:
-    size = int(shard) * 10**6
+def by_shards(base: str, adapter, out, into: str, shard_bytes: int) -> tuple[int, int]:
+    """Merge shard by shard: bytes predicted, and held."""
     env.return_freed_memory()
-    predicted = merge.work_bytes(base, adapter, into, size)
+    predicted = merge.work_bytes(base, adapter, into, shard_bytes)
     with memory.private_peak() as held:
-        merge.merge_folder(base, adapter, out, into, size)
-    return {"predicted": predicted, "held": held["bytes"]}
+        merge.merge_folder(base, adapter, out, into, shard_bytes)
+    return predicted, held["bytes"]
+
+
+def measure(shape: str, way: str, base: str, adapter, out):
+    """Merge in one of WAYS; yield the row."""
+    into, shard = WAYS[way]
+    if shard:
+        predicted, held = by_shards(base, adapter, out, into, shard * 10**6)
+    else:
+        predicted, held = in_memory(base, adapter, out, into)
+    row = {"shape": shape, "way": way}
+    row |= {"predicted_gb": round(predicted / 1e9, 3), "held_gb": round(held / 1e9, 3)}
+    yield row
 
 
 def main(shapes) -> None:
-    try:
-        rows = recorded.read("merge_memory")["rows"]
-    except FileNotFoundError:
-        rows = []
-    rows = [row for row in rows if row["shape"] not in shapes]
-    for shape in shapes:
+    env.quiet()
+    for shape in common.names_or_all(shapes, SHAPES):
         with tempfile.TemporaryDirectory(dir=env.cache_dir()) as folder:
             folder = pathlib.Path(folder)
             base, adapter = make(shape, folder)
-            for way, (into, shard) in WAYS.items():
-                command = [sys.executable, __file__, "--one", base, str(adapter)]
-                command += [str(folder / "out"), into, shard]
-                done = subprocess.run(
-                    command, stdout=subprocess.PIPE, text=True, check=True
-                )
-                found = json.loads(done.stdout.splitlines()[-1])
-                row = {"shape": shape, "way": way}
-                row |= {
-                    "predicted_gb": round(found["predicted"] / 1e9, 3),
-                    "held_gb": round(found["held"] / 1e9, 3),
-                }
-                print(row, flush=True)
-                rows.append(row)
-                recorded.write("merge_memory", recorded.facts(), rows)
+            for way in WAYS:
+                made = shape, way, base, adapter, folder / "out"
+                rows = common.in_child(measure, *made)
+                common.record("merge_memory", rows, same=("shape", "way"))
 
 
 if __name__ == "__main__":
-    env.quiet()
-    if sys.argv[1:2] == ["--one"]:
-        base, adapter, out, into, shard = sys.argv[2:]
-        run = by_shards(base, adapter, out, into, shard) if shard else None
-        print(json.dumps(run or in_memory(base, adapter, out, into)))
-    else:
-        main(sys.argv[1:] or SHAPES)
+    main(sys.argv[1:])

@@ -11,9 +11,11 @@ import argparse
 import json
 import time
 
+import common
 import nbformat
 
-from qlora_helpers import course, env, recorded
+from qlora_helpers import env
+from tools import course, recordings
 
 CAP = """from qlora_helpers import memory
 memory.hold_to({cap})"""
@@ -39,28 +41,20 @@ def measure(path, cap: float | None, outputs: bool) -> dict:
     dtype = str(machine.compute_dtype).removeprefix("torch.")
     return {
         "notebook": path.stem,
-        "machine": "two CPU cores" if machine.use_cpu else recorded.facts()["gpu"],
+        "machine": "two CPU cores" if machine.use_cpu else recordings.facts()["gpu"],
         "computes_in": dtype,
         "cap_gib": cap,
         "seconds": seconds,
-        "peak_ram_gib": round(ram / env.GIB, 2),
-        "peak_gpu_gib": round(gpu / env.GIB, 2),
-        "facts": recorded.facts(),
+        "peak_ram_gib": common.gib(ram, 2),
+        "peak_gpu_gib": common.gib(gpu, 2),
+        "facts": recordings.facts(),
     }
 
 
 def main(names: list[str], cap: float | None, outputs: bool) -> None:
     for path in course.find(names):
-        row = measure(path, cap, outputs)
-        print({key: value for key, value in row.items() if key != "facts"}, flush=True)
-        try:
-            rows = recorded.read("notebooks")["rows"]
-        except FileNotFoundError:
-            rows = []
         same = ("notebook", "machine", "computes_in", "cap_gib")
-        rows = [old for old in rows if any(old[key] != row[key] for key in same)]
-        rows = sorted([*rows, row], key=lambda r: [str(r[key]) for key in same])
-        recorded.write("notebooks", recorded.facts(), rows)
+        common.record("notebooks", [measure(path, cap, outputs)], same)
 
 
 if __name__ == "__main__":

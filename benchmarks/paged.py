@@ -9,19 +9,17 @@ Managed memory stays under 4 GiB and the card mostly free: a full one was not tr
 """
 
 import copy
-import json
-import subprocess
 import sys
 import time
 
 import bitsandbytes as bnb
+import common
 import torch
-from datasets import Dataset
-from memory_grid import clean, managed_bytes, managed_tensors
+from memory_grid import managed_bytes, managed_tensors
 from peft import get_peft_model
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
-from qlora_helpers import embedded, env, fit, memory, models, recorded, train
+from qlora_helpers import fit, memory, models
 
 # The spike: short rows, and a long one among them. Rank 256, so that there is something
 # to page; the cap lies between what both optimizers are predicted to need.
@@ -33,7 +31,7 @@ TIMED = 10
 def card_gib() -> float:
     """What the driver says is taken, of everything on the card."""
     free, whole = torch.cuda.mem_get_info()
-    return round((whole - free) / env.GIB, 3)
+    return common.gib(whole - free, 3)
 
 
 def touch(tensors) -> None:
@@ -47,10 +45,7 @@ def touch(tensors) -> None:
 
 
 class Watch(TrainerCallback):
-    """A row for each step: bytes before, at the pass, at the optimizer's step; seconds.
-
-    A class, since TrainerCallback is one.
-    """
+    """A row for each step: bytes before it, at its passes and at its end; seconds."""
 
     def __init__(self, evicting):
         self.evicting, self.rows = evicting, []
@@ -66,8 +61,8 @@ class Watch(TrainerCallback):
             {
                 "step": step,
                 "tokens": LONG if step == SPIKE else SHORT,
-                "held_gib": round(torch.cuda.memory_allocated() / env.GIB, 3),
-                "managed_gib": round(managed_bytes() / env.GIB, 3),
+                "held_gib": common.gib(torch.cuda.memory_allocated(), 3),
+                "managed_gib": common.gib(managed_bytes(), 3),
                 "card_before_gib": before,
                 "card_gib": card_gib(),
             }
@@ -75,8 +70,7 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated()
-        self.rows[-1]["peak_gib"] = round(most / env.GIB, 3)
+        self.rows[-1]["peak_gib"] = common.gib(torch.cuda.max_memory_allocated(), 3)
         self.rows[-1]["card_at_pass_gib"] = card_gib()
         self.start = time.perf_counter()
 
@@ -95,29 +89,24 @@ def spike(optim: str, evicting: bool) -> list[dict]:
     lora.r, settings.optim = RANK, optim
     settings.max_steps, settings.report_to = STEPS, []
     settings.train_sampling_strategy = "sequential"
-    settings.output_dir = str(env.cache_dir() / "benchmark_paged")
     lengths = [LONG if step == SPIKE else SHORT for step in range(1, STEPS + 1)]
-    rows = [torch.randint(0, 1000, (length,)).tolist() for length in lengths]
-    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
     model = get_peft_model(models.random_llama(SHAPE, quantization), lora)
-    trainer = train.build_trainer(
-        model, tokenizer, Dataset.from_dict({"input_ids": rows}), settings
-    )
+    trainer = common.random_trainer(model, settings, lengths)
     watch = Watch(evicting)
     trainer.add_callback(watch)
-    clean()
+    common.clean()
     memory.hold_to(CAP_GIB)
     try:
         trainer.train()
     except torch.OutOfMemoryError as error:
-        watch.rows[-1]["out_of_memory"] = str(error).splitlines()[0][:200]
+        watch.rows[-1]["out_of_memory"] = common.out_of_memory(error)
     predicted = memory.predict(config, quantization, lora, settings)
     run = {
         "optim": optim,
         "evicted_before_spike": evicting,
         "cap_gib": CAP_GIB,
-        "predicted_peak_gib": round(predicted.peak / env.GIB, 3),
-        "predicted_paged_gib": round(predicted.paged / env.GIB, 3),
+        "predicted_peak_gib": common.gib(predicted.peak, 3),
+        "predicted_paged_gib": common.gib(predicted.paged, 3),
     }
     return [run | row for row in watch.rows]
 
@@ -153,7 +142,7 @@ def adapter(shape: str, rank: int) -> list[dict]:
         ).paged,
     }
     del optimizer, model, trained, states, paged
-    clean()
+    common.clean()
     return [row]
 
 
@@ -180,9 +169,8 @@ def seconds_of(optimizer, before=lambda: None) -> list[float]:
     return taken
 
 
-def matrices() -> list[dict]:
-    """Twenty fp32 matrices under a cap with and without paging; then what it costs."""
-    rows = []
+def matrices():
+    """Train twenty fp32 matrices under a cap; yield a row for each optimizer."""
     optimizers = ("AdamW32bit", "PagedAdamW32bit", "AdamW8bit", "PagedAdamW8bit")
     for name in optimizers:
         row = {"optimizer": name, "cap_gib": MATRICES_CAP_GIB}
@@ -195,26 +183,24 @@ def matrices() -> list[dict]:
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
             optimizer = None
-            clean()
+            common.clean()
             memory.hold_to(None)
             optimizer = getattr(bnb.optim, name)(trained, lr=1e-3)
             torch.cuda.reset_peak_memory_stats()
             optimizer.step()  # without the cap, to be timed all the same
         memory.hold_to(None)
         most = torch.cuda.max_memory_allocated()
-        row["peak_gib"] = round(most / env.GIB, 3)
+        row["peak_gib"] = common.gib(most, 3)
         states = [s for state in optimizer.state.values() for s in state.values()]
         kept = {id(s): s.nbytes for s in states if isinstance(s, torch.Tensor)}
-        row["state_gib"] = round(sum(kept.values()) / env.GIB, 4)
+        row["state_gib"] = common.gib(sum(kept.values()))
         taken = seconds_of(optimizer)
         row["seconds_per_step"] = [round(t, 5) for t in taken]
         if "Paged" in name:
-            rows.append(row | paging(optimizer, trained, name))
-        else:
-            rows.append(row)
+            row |= paging(optimizer, trained, name)
+        yield row
         del optimizer, trained, states
-        clean()
-    return rows
+        common.clean()
 
 
 def paging(optimizer, trained, name) -> dict:
@@ -238,13 +224,13 @@ def paging(optimizer, trained, name) -> dict:
     still = sum(getattr(state, "is_paged", False) for state in states)
     grown = torch.cuda.memory_allocated() - held
     return {
-        "paged_gib": round(size / env.GIB, 4),
+        "paged_gib": common.gib(size),
         "card_resident_gib": before,
         "card_evicted_gib": away,
         "card_back_gib": back,
         "seconds_after_eviction": [round(t, 5) for t in taken],
         "paged_after_resume": still,
-        "torch_grown_by_resume_gib": round(grown / env.GIB, 4),
+        "torch_grown_by_resume_gib": common.gib(grown),
     }
 
 
@@ -257,27 +243,17 @@ PARTS = {
 }
 
 
+def measure(part: str):
+    """Yield the rows of one of PARTS."""
+    for row in PARTS[part]():
+        yield {"part": part, **row}
+
+
 def main(names: list[str]) -> None:
-    rows = []
-    if names and (recorded.FOLDER / "paged.json").exists():
-        rows = [r for r in recorded.read("paged")["rows"] if r["part"] not in names]
-    for part in names or PARTS:
-        done = subprocess.run(  # a process each: managed memory is never freed
-            [sys.executable, __file__, "measure", part],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        rows += [json.loads(line) for line in lines]
-        print(part, len(lines), flush=True)
-        recorded.write("paged", recorded.facts(), rows)
+    for part in common.names_or_all(names, PARTS):
+        # a process each: managed memory is never freed
+        common.record("paged", common.in_child(measure, part), same=("part",))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]:
-        env.quiet()
-        for row in PARTS[sys.argv[2]]():
-            print(json.dumps({"part": sys.argv[2], **row}))
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])

@@ -10,12 +10,12 @@ import concurrent.futures
 import multiprocessing
 import sys
 
-from peft import get_peft_model
+import common
+from adapter import TESTS
+from common import BATCH, STEPS
 
-from qlora_helpers import env, evaluate, models, recorded, records, sql, train
+from qlora_helpers import env, evaluate, models, records, sql, train
 
-STEPS, BATCH, LEARNING_RATE = 100, 8, 2e-3  # notebook 06's
-TESTS = ("values", "phrasing", "composition")
 EXAMPLES = 6  # solved questions in the prompt of the base model
 
 RUNS = {  # name: (kind, seed, steps, batch, sampling)
@@ -49,23 +49,19 @@ def with_examples(record: dict, tokenizer) -> str:
 def run(name: str) -> dict:
     """One row: the run's name, its accuracy on each test set, its tokens."""
     kind, seed, steps, batch, sampling = RUNS[name]
-    machine = env.profile()
     env.quiet()
-    model, tokenizer = models.load_base(models.EMBEDDED, train.nf4_config(machine))
+    quantization = train.nf4_config(env.profile())
+    model, tokenizer = models.load_base(models.EMBEDDED, quantization)
     databases = [sql.open_database(text) for text in records.database_scripts()]
     row = {"run": name, "seed": seed, "steps": steps, "batch": batch, "tokens": 0}
     if kind == "train":
-        model = get_peft_model(model, train.lora_config())
-        dataset = records.to_prompt_completion(
-            records.load("train"), tokenizer, system=records.SYSTEM
-        )
-        folder = str(env.cache_dir() / f"benchmark_{abs(hash(name))}")
-        settings = train.sft_config(machine, folder, steps, batch, LEARNING_RATE)
+        settings = common.settings_of(steps, batch)
         settings.seed = seed
         settings.train_sampling_strategy = sampling
-        trainer = train.build_trainer(model, tokenizer, dataset, settings)
+        trainer = common.recipe_trainer(model, tokenizer, settings)
         trainer.train()
-        row["tokens"] = int(trainer.state.log_history[-2]["num_tokens"])
+        model = trainer.model
+        row["tokens"] = common.trained_tokens(trainer)
     for test in TESTS:
         questions = records.load(test)
         if kind == "examples":
@@ -83,16 +79,14 @@ def run(name: str) -> dict:
             found = judged[:3]
         for field, value in zip(("", "low_", "high_"), found, strict=True):
             row[f"{test}_{field}percent"] = round(100 * value, 1)
-    print(row, flush=True)
     return row
 
 
-def main(workers: int) -> None:
+def main(workers: int = 1) -> None:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        rows = list(pool.map(run, RUNS))
-    print(recorded.write("recipe", recorded.facts(), rows))
+        common.record("recipe", pool.map(run, RUNS), same=("run",))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 1)
+    main(*map(int, sys.argv[1:]))

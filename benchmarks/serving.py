@@ -7,14 +7,16 @@ The rows of a matrix are one product of a random 8B's MLP weight, in eval mode.
 """
 
 import functools
+import statistics
 import sys
 import time
 
+import common
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 
-from qlora_helpers import env, evaluate, memory, models, recorded, train
+from qlora_helpers import env, evaluate, memory, models, train
 
 SHAPES = ("135M", "1B", "8B")
 BATCHES = (1, 8, 32)
@@ -36,26 +38,23 @@ def model_of(shape: str, variant: str):
     return model.eval()
 
 
-def generation(shape: str, variant: str) -> list[dict]:
+def generation(shape: str, variant: str):
+    """Yield tokens per second and memory by the batch."""
     model = model_of(shape, variant)
     held = {p.data_ptr(): memory.tensor_bytes(p) for p in model.parameters()}
-    rows = []
     for batch in BATCHES:
         with memory.peak() as peak:
             speed = evaluate.generation_speed(model, batch)
         row = {"shape": shape, "variant": variant, "batch": batch}
-        row |= {
+        yield row | {
             "tokens_per_second": round(speed, 1),
-            "weights_gib": round(sum(held.values()) / env.GIB, 3),
-            "peak_gib": round(peak["bytes"] / env.GIB, 3),
+            "weights_gib": common.gib(sum(held.values()), 3),
+            "peak_gib": common.gib(peak["bytes"], 3),
         }
-        print(row, flush=True)
-        rows.append(row)
-    return rows
 
 
-def products() -> list[dict]:
-    """Microseconds of x W.T by the rows of x, for one weight in 16 and in 4 bits."""
+def products():
+    """Yield microseconds of x W.T by the rows of x; the weight in 16 and in 4 bits."""
     machine = env.profile()
     out, width = MATRIX
     torch.manual_seed(0)
@@ -70,7 +69,6 @@ def products() -> list[dict]:
     )
     four.load_state_dict(plain.state_dict())
     layers = {"bf16": plain.to(machine.device), "nf4": four.to(machine.device)}
-    rows = []
     for kind, layer in layers.items():
         for count in ROWS:
             x = torch.randn(
@@ -81,13 +79,11 @@ def products() -> list[dict]:
                 if x.is_cuda:  # the GPU's own time, without Python's
                     ways["CUDA graph"] = captured(layer, x).replay
                 for way, products in ways.items():
-                    times = sorted(once(products, x.is_cuda) for _ in range(REPEATS))
+                    times = [once(products) for _ in range(REPEATS)]
                     row = {"matrix": f"{out}x{width}", "kind": kind, "rows": count}
-                    row |= {"way": way}
-                    row["microseconds"] = round(1e6 * times[len(times) // 2], 1)
-                    print(row, flush=True)
-                    rows.append(row)
-    return rows
+                    row["way"] = way
+                    row["microseconds"] = round(1e6 * statistics.median(times), 1)
+                    yield row
 
 
 def repeat(layer, x) -> None:
@@ -107,33 +103,27 @@ def captured(layer, x) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def once(products, cuda) -> float:
+def once(products) -> float:
     """Seconds of one product, of PRODUCTS: a single one is too short to time."""
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
-    synchronize()
+    common.synchronize()
     start = time.perf_counter()
     products()
-    synchronize()
+    common.synchronize()
     return (time.perf_counter() - start) / PRODUCTS
 
 
 def main(names) -> None:
-    """The products, if asked for, and the shapes; rows of others are kept."""
     env.quiet()
-    try:
-        rows = recorded.read("serving")["rows"]
-    except FileNotFoundError:
-        rows = []
-    rows = [r for r in rows if r.get("shape", "products") not in names]
+    names = common.names_or_all(names, ["products", *SHAPES])
     if "products" in names:
-        rows = products() + rows
-        recorded.write("serving", recorded.facts(), rows)
+        same = ("matrix", "kind", "rows", "way")
+        common.record("serving", products(), same)
     for shape in [name for name in names if name in SHAPES]:
         for variant in VARIANTS:
-            rows += generation(shape, variant)
-            recorded.write("serving", recorded.facts(), rows)
-            torch.cuda.empty_cache()
+            same = ("shape", "variant", "batch")
+            common.record("serving", generation(shape, variant), same)
+            common.clean()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["products", *SHAPES])
+    main(sys.argv[1:])

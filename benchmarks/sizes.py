@@ -6,67 +6,41 @@ Writes data/measured/sizes.json. Random weights take the same time and memory as
 ones. The fp16 runs hold to a T4's 15 GiB: that proves the fit, not a T4's speed.
 """
 
-import json
-import os
-import subprocess
-import sys
+import common
 
-from peft import get_peft_model
-from transformers import AutoTokenizer
+from qlora_helpers import env, memory, models, train
 
-from qlora_helpers import embedded, env, memory, models, recorded, records, train
-
-STEPS, BATCH = 12, 8
+STEPS = 12
 RUNS = [("1B", "fp16", 15), ("8B", "fp16", 15), ("8B", "bf16", None)]
 
 
-def run(shape: str, cap_gib: float | None) -> dict:
-    """One row: speed and peak of a training run of STEPS steps."""
-    env.quiet()
+def measure(shape: str, cap_gib: float | None):
+    """Yield the speed and the peak of a training run of STEPS steps."""
     machine = env.profile()
     memory.hold_to(cap_gib)
-    tokenizer = AutoTokenizer.from_pretrained(embedded.embedded_dir())
-    model = models.random_llama(shape, train.nf4_config(machine))
-    model = get_peft_model(model, train.lora_config())
-    dataset = records.to_prompt_completion(
-        records.load("train"), tokenizer, system=records.SYSTEM
-    )
-    folder = str(env.cache_dir() / "benchmark_sizes")
-    settings = train.sft_config(machine, folder, STEPS, BATCH, 2e-4)
-    trainer = train.build_trainer(model, tokenizer, dataset, settings)
-    train.check_effective(trainer, machine)
+    base = models.random_llama(shape, train.nf4_config(machine))
+    settings = common.settings_of(STEPS, rate=2e-4)
+    trainer = common.recipe_trainer(base, common.embedded_tokenizer(), settings)
     with memory.peak() as peak:
         result = trainer.train()
-    tokens = trainer.state.log_history[-2]["num_tokens"]
-    return {
+    tokens = common.trained_tokens(trainer)
+    yield {
         "shape": shape,
         "profile": machine.kind,
         "cap_gib": cap_gib,
-        "batch": BATCH,
-        "row_tokens": round(tokens / (STEPS * BATCH)),
+        "batch": common.BATCH,
+        "row_tokens": round(tokens / (STEPS * common.BATCH)),
         "steps": STEPS,
         "tokens_per_second": round(tokens / result.metrics["train_runtime"]),
-        "peak_gib": round(peak["bytes"] / env.GIB, 2),
+        "peak_gib": common.gib(peak["bytes"], 2),
     }
 
 
 def main() -> None:
-    rows = []
-    for shape, kind, cap in RUNS:
-        done = subprocess.run(  # a process each: the profile is the process's
-            [sys.executable, __file__, shape, str(cap or "")],
-            env={**os.environ, "QLORA_PROFILE": kind},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
-    print(recorded.write("sizes", recorded.facts(), rows))
+    for shape, kind, cap in RUNS:  # a process each: the profile is the process's
+        rows = common.in_child(measure, shape, cap, QLORA_PROFILE=kind)
+        common.record("sizes", rows, same=("shape", "profile"))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(json.dumps(run(sys.argv[1], float(sys.argv[2] or 0) or None)))
-    else:
-        main()
+    main()

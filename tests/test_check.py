@@ -1,4 +1,4 @@
-"""Predictions meet measurements, figures keep the style, recordings are whole."""
+"""Predictions meet measurements, and figures keep the style."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_helpers.lesson import check, plots, recordings
+from qlora_helpers.lesson import check, plots
 
 # ---- predictions and claims
 
@@ -292,42 +292,3 @@ def test_colours_stand_out_on_white():
 
     assert all(1.05 / (light(colour) + 0.05) >= 3 for colour in plots.COLOURS)
     assert len(set(plots.DASHES)) == len(set(plots.MARKERS)) == len(plots.COLOURS)
-
-
-# ---- recordings
-
-ROWS = [{"tokens": 128, "peak_gib": 2.5}]
-
-
-def test_recording_round_trip(tmp_path):
-    facts = recordings.facts()
-    recordings.write("speed", facts, ROWS, folder=tmp_path)
-    assert recordings.read("speed", folder=tmp_path) == {"facts": facts, "rows": ROWS}
-    assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
-    assert set(recordings.FACTS) <= set(facts)
-
-
-def test_unknown_recording_names_the_known_ones(tmp_path):
-    recordings.write("speed", recordings.facts(), ROWS, folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match="'sped' .* there are: speed"):
-        recordings.read("sped", folder=tmp_path)
-
-
-@pytest.mark.parametrize("missing", recordings.FACTS)
-def test_recording_without_its_facts_is_refused(missing, tmp_path):
-    facts = {key: value for key, value in recordings.facts().items() if key != missing}
-    with pytest.raises(ValueError, match=f"facts lack {missing}"):
-        recordings.write("speed", facts, ROWS, folder=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"facts": 1, "rows": []}'])
-def test_broken_recording_is_named(text, tmp_path):
-    (tmp_path / "speed.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="speed"):
-        recordings.read("speed", folder=tmp_path)
-
-
-def test_rows_must_be_rows(tmp_path):
-    with pytest.raises(ValueError, match="list of dicts"):
-        recordings.write("speed", recordings.facts(), {"peak_gib": 1}, folder=tmp_path)

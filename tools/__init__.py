@@ -1,0 +1,1 @@
+"""What authors of the course use; no notebook imports it."""

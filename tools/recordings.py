@@ -1,0 +1,97 @@
+"""Write recordings: the files of data/measured, which qlora_helpers.recorded reads."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import torch
+
+from qlora_helpers import env, recorded
+
+
+def write(name, facts, rows, folder=recorded.FOLDER) -> pathlib.Path:
+    """Write a benchmark's rows with the facts of their measuring; return the path.
+
+    The file is replaced as a whole: a reader sees the old one or the new one.
+
+    Raises ValueError for missing facts, or rows that are not a list of dicts.
+    """
+    recording = {"facts": facts, "rows": rows}
+    recorded.check(name, recording)
+    file = pathlib.Path(folder) / f"{name}.json"
+    text = json.dumps(recording, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(file, (text + "\n").encode())
+    return file
+
+
+def write_whole(file: pathlib.Path, data: bytes) -> None:
+    """Replace a file as a whole, and make its folder where there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(data)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def facts() -> dict:
+    """Return what a recording says about its making, on this machine and now.
+
+    `gpu` names the CPU where there is no GPU. Where git is not at hand, the environment
+    variable QLORA_COMMIT gives the commit.
+    """
+    cuda = torch.cuda.is_available()
+    arguments = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name() if cuda else f"none, CPU: {_cpu_name()}",
+        "driver": _driver() if cuda else "none",
+        "versions": {
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda or "none",
+            **env.versions(),
+        },
+        "command": " ".join(["python", *arguments]),
+        "commit": os.environ.get("QLORA_COMMIT") or _commit(),
+    }
+
+
+def _output(command) -> str:
+    """Return what a command prints, or "" where it is missing or fails."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=env.ROOT,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    commit = _output(["git", "rev-parse", "--short=12", "HEAD"])
+    changed = commit and _output(["git", "status", "--porcelain", "-uno"])
+    return f"{commit} with changes" if changed else commit or "unknown"
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (_output(query).splitlines() or ["unknown"])[0]
+
+
+def _cpu_name() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
