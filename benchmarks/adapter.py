@@ -14,7 +14,7 @@ import common
 import torch
 
 from qlora_helpers import adapters, env, evaluate, models, records, sql, train
-from tools import recordings
+from tools import recorder
 
 RANK = {"late": 16, "delay": 4}  # by what the column is called
 FOLDER = {"late": "adapter", "delay": "adapter_delay"}
@@ -54,7 +54,7 @@ def main(column: str = "late") -> None:
         models.base_identity(models.EMBEDDED),
         dtype=torch.float16,  # half the bytes; more digits than bf16 has
     )
-    facts = recordings.facts() | {
+    facts = recorder.facts() | {
         "steps": common.STEPS,
         "batch": common.BATCH,
         "learning_rate": common.LEARNING_RATE,

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from qlora_helpers import embedded, env, recorded, records, train
-from tools import recordings
+from tools import recorder
 
 STEPS, BATCH, LEARNING_RATE = 100, 8, 2e-3  # notebook 06's
 FOLDER = recorded.FOLDER  # where the recordings lie
@@ -95,7 +95,7 @@ def record(name: str, rows, same: tuple) -> None:
         groups[key].append(row)
         print(row, flush=True)
         written = [row for group in groups.values() for row in group]
-        recordings.write(name, recordings.facts(), written, FOLDER)
+        recorder.write(name, recorder.facts(), written, FOLDER)
 
 
 def settings_of(steps=STEPS, batch=BATCH, rate=LEARNING_RATE):

@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from qlora_helpers import adapters, env, evaluate, merge, models, records, sql, train
-from tools import recordings
+from tools import recorder
 
 BF16, NF4 = "bf16", "nf4"
 GGUF = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
@@ -86,7 +86,7 @@ class Study:
         if logits is not None:
             kl, error = evaluate.divergence(logits, self.reference)
             row |= {"kl_nats": round(kl, 5), "logit_error": round(error, 5)}
-        return row | {"gpu": recordings.facts()["gpu"]}
+        return row | {"gpu": recorder.facts()["gpu"]}
 
     def rows(self, run, kinds, strength=1):
         """A row for the model that was trained, and one for each merge of it."""

@@ -15,7 +15,7 @@ import common
 import nbformat
 
 from qlora_helpers import env
-from tools import course, recordings
+from tools import course, recorder
 
 CAP = """from qlora_helpers import memory
 memory.hold_to({cap})"""
@@ -41,13 +41,13 @@ def measure(path, cap: float | None, outputs: bool) -> dict:
     dtype = str(machine.compute_dtype).removeprefix("torch.")
     return {
         "notebook": path.stem,
-        "machine": "two CPU cores" if machine.use_cpu else recordings.facts()["gpu"],
+        "machine": "two CPU cores" if machine.use_cpu else recorder.facts()["gpu"],
         "computes_in": dtype,
         "cap_gib": cap,
         "seconds": seconds,
         "peak_ram_gib": common.gib(ram, 2),
         "peak_gpu_gib": common.gib(gpu, 2),
-        "facts": recordings.facts(),
+        "facts": recorder.facts(),
     }
 
 

@@ -30,7 +30,6 @@ from qlora_helpers.memory import (
     allowed_settings,
     byte_formulas,
     fit,
-    measure,
     planned_run,
     prediction,
     rehearse,
@@ -267,7 +266,7 @@ def run_on_this_machine(tmp_path, every, optim="adamw_torch", r=16, length=64):
 @pytest.mark.parametrize("every", [0, 1])
 def test_predicted_is_what_a_run_takes(tmp_path, every):
     trainer, predicted = run_on_this_machine(tmp_path, every)
-    measured = measure.measure(trainer)
+    measured = memory.measure(trainer)
     assert predicted.peak == pytest.approx(measured["peak"], rel=0.02)
     assert predicted.kinds["base weights"] == measured["base model"]
     assert predicted.kinds["adapters"] == measured["adapters"]
@@ -280,7 +279,7 @@ def test_states_in_8_bits(tmp_path):
     """Also: without a GPU nothing is paged."""
     trainer, predicted = run_on_this_machine(tmp_path, 1, "paged_adamw_8bit", 64)
     trainer.train()
-    states = measure.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
+    states = memory.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
     if env.profile().use_cpu:
         assert predicted.paged == 0
         assert predicted.kinds["optimizer"] == states
@@ -309,7 +308,7 @@ def test_an_embedding_that_trains_keeps_32_bit_states(tmp_path, tied):
         processing_class=AutoTokenizer.from_pretrained(embedded_dir()),
     )
     trainer.train()
-    states = measure.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
+    states = memory.state_bytes(trainer.model, trainer.optimizer)["optimizer"]
     predicted = memory.predict(config, None, None, settings, Extras(device="cpu"))
     assert predicted.kinds["optimizer"] == states
 
@@ -346,12 +345,12 @@ def test_weights_of_a_real_model_to_the_byte():
         predicted = memory.predict(
             base.config, nf4(double, dtype), lora(), sft(dtype=dtype), CPU
         )
-        measured = sum(measure.tensor_bytes(p) for p in base.parameters())
+        measured = sum(memory.tensor_bytes(p) for p in base.parameters())
         assert sum(predicted.weights.values()) == measured
         on_cuda = memory.predict(
             base.config, nf4(double, dtype), lora(), sft(dtype=dtype)
         )
-        tensors = [t for p in base.parameters() for t in measure.stored_tensors(p)]
+        tensors = [t for p in base.parameters() for t in memory.stored_tensors(p)]
         blocks = sum(-(-t.nbytes // 512) * 512 for t in tensors)  # torch's, on CUDA
         assert sum(on_cuda.weights.values()) == blocks > measured
 
@@ -452,14 +451,14 @@ def test_bitsandbytes_pages_from_a_size_on(monkeypatch, size):
 def test_a_cpu_is_not_held_to_anything():
     if not env.profile().use_cpu:
         pytest.skip("here is a GPU")
-    measure.hold_to(4)
-    measure.hold_to(None)
+    memory.hold_to(4)
+    memory.hold_to(None)
 
 
 @pytest.mark.parametrize("gib", [0, -1, 8192, float("nan"), True, "15"])
 def test_a_limit_that_is_no_memory_of_a_gpu_is_refused(gib):
     with pytest.raises(ValueError, match="expected the memory of one GPU in GiB"):
-        measure.hold_to(gib)
+        memory.hold_to(gib)
 
 
 @pytest.mark.parametrize(
@@ -479,14 +478,14 @@ def test_what_torch_may_still_take(monkeypatch, fraction, expected):
     }
     for name, value in known.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert measure.may_take() == expected
+    assert memory.may_take() == expected
 
 
 def test_without_a_gpu_torch_takes_nothing_of_it():
     if not env.profile().use_cpu:
         pytest.skip("here is a GPU")
     with pytest.raises(RuntimeError, match="no GPU here"):
-        measure.may_take()
+        memory.may_take()
 
 
 # ---- what cannot be predicted

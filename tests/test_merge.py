@@ -16,7 +16,6 @@ from test_adapters import IDS, adapted, base_model, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers import adapters, env, models, records, score, train
-from qlora_helpers.memory import measure
 from qlora_helpers.models.embedded import embedded_dir
 from qlora_helpers.ship import merge, mergeable
 
@@ -209,9 +208,9 @@ def run_alone(arguments):
 
 
 def test_private_peak_sees_what_was_held():
-    with measure.private_peak() as small:
+    with memory.private_peak() as small:
         pass
-    with measure.private_peak() as large:
+    with memory.private_peak() as large:
         held = torch.ones(100 * 2**20)  # 400 MiB
         for _ in range(3):
             held.add_(1)

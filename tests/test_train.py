@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from qlora_helpers import adapters, env, models, nf4, records, train
 from qlora_helpers.lesson import exercises, recordings
-from qlora_helpers.memory import measure
 from qlora_helpers.models import embedded
 from qlora_helpers.records import prompts
 from qlora_helpers.train import effective, live_loss
@@ -429,7 +428,7 @@ def test_resumed_the_bar_and_the_curve_go_on(tokenizer, tmp_path, shown):
 
 def test_state_is_counted_to_the_byte(trainer):
     trainer.train()
-    kept = measure.state_bytes(trainer.model, trainer.optimizer)
+    kept = memory.state_bytes(trainer.model, trainer.optimizer)
     trained = trainer.model.get_nb_trainable_parameters()[0]
     assert kept["adapters"] == kept["gradients"] == 4 * trained
     # two averages in fp32, and a step counter of 4 bytes for each tensor
@@ -438,9 +437,9 @@ def test_state_is_counted_to_the_byte(trainer):
 
 
 def test_peak_sees_what_was_held():
-    with measure.peak() as small:
+    with memory.peak() as small:
         pass
-    with measure.peak() as large:
+    with memory.peak() as large:
         held = torch.ones(300 * 2**20 // 4)
         for _ in range(3):
             held.add_(1)

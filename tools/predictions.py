@@ -16,7 +16,7 @@ import statistics
 import sys
 
 from qlora_helpers import check, env, plots
-from tools import recordings
+from tools import recorder
 
 OUT = env.ROOT / "build" / "predictions.png"
 ROW = 0.34  # inches of height for each id
@@ -46,7 +46,7 @@ def main(path=None, out=OUT) -> pathlib.Path | None:
     out = pathlib.Path(out)
     picture = io.BytesIO()
     draw(guesses, len(files)).savefig(picture, format="png", dpi=plots.DPI)
-    recordings.write_whole(out, picture.getvalue())
+    recorder.write_whole(out, picture.getvalue())
     print(out)
     return out
 

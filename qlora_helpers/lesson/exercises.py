@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from qlora_helpers import memory, models, nf4, records, sql, train
-from qlora_helpers.memory import byte_formulas, measure, planned_run
+from qlora_helpers.memory import byte_formulas, planned_run
 from qlora_helpers.models.embedded import embedded_dir
 
 
@@ -145,7 +145,7 @@ def check_layer_bytes(layer_bytes) -> bool:
             columns, rows, bias=False, quant_type="nf4", compress_statistics=True
         )
         layer = layer.to("cpu")  # this quantizes
-        cases.append(((rows, columns), measure.tensor_bytes(layer.weight)))
+        cases.append(((rows, columns), memory.tensor_bytes(layer.weight)))
     return _try("exercise 02.2", layer_bytes, cases)
 
 

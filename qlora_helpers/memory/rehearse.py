@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
 
 from qlora_helpers import models
-from qlora_helpers.memory import byte_formulas, measure
+from qlora_helpers.memory import byte_formulas
+from qlora_helpers.memory.measuring import Ledger
 from qlora_helpers.memory.planned_run import FUSED_LOSS, read
 from qlora_helpers.models.load import never_repack
 
@@ -40,7 +41,7 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
     plan = read(model_config, bnb_config, lora_config, sft_config, extras)
     gpu, dtype = plan.extras.device == "cuda", byte_formulas.DTYPES[plan.compute]
     model = _skeleton(plan, bnb_config, lora_config, dtype)
-    ledger = measure.Ledger(byte_formulas.rounding(plan.extras.device))
+    ledger = Ledger(byte_formulas.rounding(plan.extras.device))
     layers = (model.get_base_model() if lora_config else model).model.layers
     again = -(-len(layers) // plan.every) if plan.every else 0  # in the backward pass
     bar = tqdm(total=len(layers) + again, desc="rehearsal", unit="layer", leave=False)

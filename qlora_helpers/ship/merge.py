@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from qlora_helpers import adapters, env, folders, model_files, models
-from qlora_helpers.memory import measure
+from qlora_helpers.memory import private_peak
 from qlora_helpers.model_files import open_weights
 from qlora_helpers.models import base_folder
 from qlora_helpers.ship.mergeable import (
@@ -198,7 +198,7 @@ def main(arguments=None) -> None:
         given.revision = given.revision or remembered(given.base, given.adapter)
         source = base_folder(given.base, given.revision)
         predicted = work_bytes(str(source), given.adapter, given.into, size)
-        with measure.private_peak() as found:
+        with private_peak() as found:
             merge_folder(
                 given.base, given.adapter, given.out, given.into, size, given.revision
             )

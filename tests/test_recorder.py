@@ -3,30 +3,30 @@
 import pytest
 
 from qlora_helpers import recorded
-from tools import recordings
+from tools import recorder
 
 ROWS = [{"tokens": 128, "peak_gib": 2.5}]
 
 
 def test_recording_round_trip(tmp_path):
-    facts = recordings.facts()
-    recordings.write("speed", facts, ROWS, folder=tmp_path)
+    facts = recorder.facts()
+    recorder.write("speed", facts, ROWS, folder=tmp_path)
     assert recorded.read("speed", folder=tmp_path) == {"facts": facts, "rows": ROWS}
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
     assert set(recorded.FACTS) <= set(facts)
 
 
 def test_unknown_recording_names_the_known_ones(tmp_path):
-    recordings.write("speed", recordings.facts(), ROWS, folder=tmp_path)
+    recorder.write("speed", recorder.facts(), ROWS, folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="'sped' .* there are: speed"):
         recorded.read("sped", folder=tmp_path)
 
 
 @pytest.mark.parametrize("missing", recorded.FACTS)
 def test_recording_without_its_facts_is_refused(missing, tmp_path):
-    facts = {key: value for key, value in recordings.facts().items() if key != missing}
+    facts = {key: value for key, value in recorder.facts().items() if key != missing}
     with pytest.raises(ValueError, match=f"facts lack {missing}"):
-        recordings.write("speed", facts, ROWS, folder=tmp_path)
+        recorder.write("speed", facts, ROWS, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -39,4 +39,4 @@ def test_broken_recording_is_named(text, tmp_path):
 
 def test_rows_must_be_rows(tmp_path):
     with pytest.raises(ValueError, match="list of dicts"):
-        recordings.write("speed", recordings.facts(), {"peak_gib": 1}, folder=tmp_path)
+        recorder.write("speed", recorder.facts(), {"peak_gib": 1}, folder=tmp_path)
