@@ -13,7 +13,7 @@ import sys
 import common
 import torch
 
-from qlora_helpers import adapters, env, evaluate, models, records, sql, train
+from qlora_helpers import adapters, env, models, records, score, sql, train
 from tools import recorder
 
 RANK = {"late": 16, "delay": 4}  # by what the column is called
@@ -41,7 +41,7 @@ def main(column: str = "late") -> None:
     accuracy = {}
     for test in TESTS:
         questions = [named(record) for record in records.load(test)]
-        judged = evaluate.execution_accuracy(
+        judged = score.execution_accuracy(
             trainer.model, tokenizer, questions, databases, system=system
         )
         accuracy[f"{test}_percent"] = [round(100 * value, 1) for value in judged[:3]]

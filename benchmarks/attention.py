@@ -17,8 +17,10 @@ from longest_row import CARD_GIB, CLOSE, bisect
 from memory_grid import configs, make
 from transformers.integrations import sdpa_attention
 
-from qlora_helpers import env, fit, memory, models, train
-from qlora_helpers.plan import Extras
+from qlora_helpers import env, memory, models, train
+from qlora_helpers.memory import fit
+from qlora_helpers.memory.planned_run import Extras
+from qlora_helpers.models import load
 
 STEPS = 8  # the first ones search for kernels and make the optimizer's states
 # (rows, tokens, padded); padded: no two rows have the same length
@@ -45,7 +47,7 @@ def attend(way: str) -> None:
     newer, repeated = WAYS[way]
     torch.backends.cuda.enable_flash_sdp(newer)
     torch.backends.cuda.enable_cudnn_sdp(newer)
-    keep = (lambda *_, **__: False) if repeated else models.SHARED_KEYS
+    keep = (lambda *_, **__: False) if repeated else load.SHARED_KEYS
     sdpa_attention.use_gqa_in_sdpa = keep
 
 

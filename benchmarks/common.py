@@ -19,11 +19,13 @@ from transformers import AutoTokenizer, TrainerCallback
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from qlora_helpers import embedded, env, recorded, records, train
+from qlora_helpers import env, records, train
+from qlora_helpers.lesson import recordings
+from qlora_helpers.models import embedded
 from tools import recorder
 
 STEPS, BATCH, LEARNING_RATE = 100, 8, 2e-3  # notebook 06's
-FOLDER = recorded.FOLDER  # where the recordings lie
+FOLDER = recordings.FOLDER  # where the recordings lie
 
 
 def in_child(measure, *arguments, **variables):
@@ -85,7 +87,7 @@ def record(name: str, rows, same: tuple) -> None:
 
     groups, measured = {}, set()  # groups: the rows of each measurement, in file order
     if (pathlib.Path(FOLDER) / f"{name}.json").exists():
-        for row in recorded.read(name, FOLDER)["rows"]:
+        for row in recordings.read(name, FOLDER)["rows"]:
             groups.setdefault(measurement(row), []).append(row)
     for row in rows:
         key = measurement(row)

@@ -12,7 +12,8 @@ import common
 import torch
 from memory_grid import make, trainer_for
 
-from qlora_helpers import env, fit, memory, models
+from qlora_helpers import env, memory, models
+from qlora_helpers.memory import fit
 
 SHAPE, CARD_GIB = "8B", 15
 CLOSE = 128  # tokens; the bisection ends there

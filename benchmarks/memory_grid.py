@@ -22,7 +22,7 @@ import torch
 from bitsandbytes.functional import GlobalPageManager
 from peft import get_peft_model
 
-from qlora_helpers import env, fit, memory, models
+from qlora_helpers import env, memory, models, train
 
 PREDICTED = pathlib.Path(__file__).with_name("memory_grid_predicted.json")
 # The optimizer's states are there from the second step on; more where a step is short,
@@ -88,7 +88,7 @@ def runs() -> list[dict]:
 
 def configs(run, machine):
     """Return what a run trains with, as memory.predict takes it."""
-    config, quantization, lora, settings = fit.configs(
+    config, quantization, lora, settings = train.configs(
         models.llama_config(run["shape"]),
         run["method"],
         run["rows"],
@@ -104,7 +104,7 @@ def configs(run, machine):
 
 def predict(run) -> dict:
     """Return a run with its predicted bytes, in GiB."""
-    found = memory.predict(*configs(run, env.elsewhere(run["profile"])))
+    found = memory.predict(*configs(run, env.profile_of(run["profile"])))
     return {
         **run,
         "predicted_gib": common.gib(found.peak),

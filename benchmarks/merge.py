@@ -15,7 +15,8 @@ import gguf
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from qlora_helpers import adapters, env, evaluate, merge, models, records, sql, train
+from qlora_helpers import adapters, env, models, records, score, sql, train
+from qlora_helpers.ship import merge, mergeable
 from tools import recorder
 
 BF16, NF4 = "bf16", "nf4"
@@ -50,7 +51,7 @@ class Study:
         for name, layer in trained.named_modules():
             if hasattr(layer, "lora_A"):
                 weight = layer.base_layer.weight
-                name = name.removeprefix(merge.PREFIX)
+                name = name.removeprefix(mergeable.PREFIX)
                 self.parts[name] = (
                     plain.get_submodule(name).weight.data.clone(),
                     dequantize_4bit(weight.data, weight.quant_state),
@@ -67,14 +68,14 @@ class Study:
         """Accuracy where there are questions to answer, else None, and the logits."""
         right = None
         if self.questions is not self.few:
-            right = evaluate.execution_accuracy(
+            right = score.execution_accuracy(
                 model,
                 self.tokenizer,
                 self.questions,
                 self.databases,
                 system=records.SYSTEM,
             )
-        return right, evaluate.answer_logits(
+        return right, score.answer_logits(
             model, self.tokenizer, self.few, system=records.SYSTEM
         )
 
@@ -84,7 +85,7 @@ class Study:
             row |= {"right": sum(r["right"] for r in right.rows), "asked": right.n}
             row |= {"verdicts": "".join(str(int(r["right"])) for r in right.rows)}
         if logits is not None:
-            kl, error = evaluate.divergence(logits, self.reference)
+            kl, error = score.divergence(logits, self.reference)
             row |= {"kl_nats": round(kl, 5), "logit_error": round(error, 5)}
         return row | {"gpu": recorder.facts()["gpu"]}
 

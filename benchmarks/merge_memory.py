@@ -16,7 +16,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers import adapters, env, memory, merge, models, train
+from qlora_helpers import adapters, env, memory, models, train
+from qlora_helpers.ship import merge, mergeable
 
 SHAPES = ("embedded", "1B", "8B")
 WAYS = {  # name: where into, shard in MB (None: in memory)
@@ -55,7 +56,7 @@ def make(shape: str, folder: pathlib.Path):
 def in_memory(base: str, adapter, out, into: str) -> tuple[int, int]:
     """Merge with PEFT and save, as tutorials do: bytes predicted, and held."""
     source = merge.base_folder(base)
-    files = merge.tensors_of(source)
+    files = mergeable.tensors_of(source)
     weights = sum(size for _, size in files.values())
     quantization = train.nf4_config(env.profile()) if into != "original" else None
     with memory.private_peak() as held:
@@ -69,7 +70,7 @@ def in_memory(base: str, adapter, out, into: str) -> tuple[int, int]:
     if into == "4 bits":
         kept = {p.data_ptr(): memory.tensor_bytes(p) for p in model.parameters()}
         weights = sum(kept.values())
-    pairs = merge.read_pairs(adapter)
+    pairs = mergeable.read_pairs(adapter)
     changed = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
     changed *= 4 // next(iter(pairs.values()))[0].itemsize  # PEFT loads them in fp32
     return weights + changed, held["bytes"]

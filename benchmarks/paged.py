@@ -19,7 +19,7 @@ from memory_grid import managed_bytes, managed_tensors
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from qlora_helpers import fit, memory, models
+from qlora_helpers import memory, models, train
 
 # The spike: short rows, and a long one among them. Rank 256, so that there is something
 # to page; the cap lies between what both optimizers are predicted to need.
@@ -83,7 +83,7 @@ class Watch(TrainerCallback):
 
 def spike(optim: str, evicting: bool) -> list[dict]:
     """Train short rows and a long one under the cap; a row for each step."""
-    config, quantization, lora, settings = fit.configs(
+    config, quantization, lora, settings = train.configs(
         models.llama_config(SHAPE), "qlora", 1, LONG
     )
     lora.r, settings.optim = RANK, optim
@@ -113,7 +113,7 @@ def spike(optim: str, evicting: bool) -> list[dict]:
 
 def adapter(shape: str, rank: int) -> list[dict]:
     """Which states of a real adapter bitsandbytes pages, after a step of the recipe."""
-    config, quantization, lora, settings = fit.configs(
+    config, quantization, lora, settings = train.configs(
         models.llama_config(shape), "qlora", 1, 64
     )
     lora.r = rank

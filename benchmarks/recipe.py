@@ -14,7 +14,7 @@ import common
 from adapter import TESTS
 from common import BATCH, STEPS
 
-from qlora_helpers import env, evaluate, models, records, sql, train
+from qlora_helpers import env, models, records, score, sql, train
 
 EXAMPLES = 6  # solved questions in the prompt of the base model
 
@@ -66,14 +66,14 @@ def run(name: str) -> dict:
         questions = records.load(test)
         if kind == "examples":
             prompts = [with_examples(question, tokenizer) for question in questions]
-            answers = evaluate.generate_answers(model, tokenizer, prompts)
+            answers = score.generate_answers(model, tokenizer, prompts)
             right = [
                 sql.judge(sql.extract_sql(text), question, databases).right
                 for (text, _), question in zip(answers, questions, strict=True)
             ]
-            found = evaluate.bootstrap_interval(right)
+            found = score.bootstrap_interval(right)
         else:
-            judged = evaluate.execution_accuracy(
+            judged = score.execution_accuracy(
                 model, tokenizer, questions, databases, system=records.SYSTEM
             )
             found = judged[:3]

@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 
-from qlora_helpers import env, evaluate, memory, models, train
+from qlora_helpers import env, memory, models, score, train
 
 SHAPES = ("135M", "1B", "8B")
 BATCHES = (1, 8, 32)
@@ -44,7 +44,7 @@ def generation(shape: str, variant: str):
     held = {p.data_ptr(): memory.tensor_bytes(p) for p in model.parameters()}
     for batch in BATCHES:
         with memory.peak() as peak:
-            speed = evaluate.generation_speed(model, batch)
+            speed = score.generation_speed(model, batch)
         row = {"shape": shape, "variant": variant, "batch": batch}
         yield row | {
             "tokens_per_second": round(speed, 1),

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from qlora_helpers import env, recorded
+from qlora_helpers import env
+from qlora_helpers.lesson import recordings
 
 FOLDER = env.ROOT / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -21,7 +22,7 @@ def common(monkeypatch, tmp_path):
 
 
 def rows_of(common):
-    return recorded.read("toy", common.FOLDER)["rows"]
+    return recordings.read("toy", common.FOLDER)["rows"]
 
 
 def toy(count, dies):

@@ -674,9 +674,9 @@ def setup():
 def clone(tmp_path):
     """A clone whose package has only what the cell uses, and imports at once."""
     package = tmp_path / "the clone" / "qlora_helpers"
-    package.mkdir(parents=True)
+    (package / "train").mkdir(parents=True)
     (tmp_path / "the clone" / "notebooks").mkdir()
-    for name, text in {"__init__": "", "env": STAND_IN, "train": ""}.items():
+    for name, text in {"__init__": "", "env": STAND_IN, "train/recipe": ""}.items():
         (package / f"{name}.py").write_text(text, encoding="utf-8")
     return package.parent
 
@@ -791,7 +791,7 @@ def test_a_clone_that_fails_leaves_nothing(address, alone, tmp_path):
 def half_git(folder, *lines):
     """A git that writes half of the package, then runs these lines; its PATH."""
     folder.mkdir()
-    half = "mkdir -p course/qlora_helpers; touch course/qlora_helpers/env.py"
+    half = "mkdir -p course/qlora_helpers; touch course/qlora_helpers/card.py"
     script = "\n".join(["#!/bin/sh", "trap 'sleep 1; rm -r course; exit 1' INT", half])
     (folder / "git").write_text("\n".join([script, *lines, ""]), encoding="utf-8")
     (folder / "git").chmod(0o755)
@@ -822,7 +822,7 @@ def test_an_interrupted_clone_may_clean_up(address, alone, tmp_path):
         text=True,
         start_new_session=True,
     )
-    while not (alone / "course" / "qlora_helpers" / "env.py").exists():
+    while not (alone / "course" / "qlora_helpers" / "card.py").exists():
         assert running.poll() is None
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGINT)

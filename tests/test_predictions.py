@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from qlora_helpers import check, env
+from qlora_helpers import env
+from qlora_helpers.lesson import check
 from tools import predictions
 
 

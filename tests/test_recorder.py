@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_helpers import recorded
+from qlora_helpers.lesson import recordings
 from tools import recorder
 
 ROWS = [{"tokens": 128, "peak_gib": 2.5}]
@@ -11,18 +11,18 @@ ROWS = [{"tokens": 128, "peak_gib": 2.5}]
 def test_recording_round_trip(tmp_path):
     facts = recorder.facts()
     recorder.write("speed", facts, ROWS, folder=tmp_path)
-    assert recorded.read("speed", folder=tmp_path) == {"facts": facts, "rows": ROWS}
+    assert recordings.read("speed", folder=tmp_path) == {"facts": facts, "rows": ROWS}
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
-    assert set(recorded.FACTS) <= set(facts)
+    assert set(recordings.FACTS) <= set(facts)
 
 
 def test_unknown_recording_names_the_known_ones(tmp_path):
     recorder.write("speed", recorder.facts(), ROWS, folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="'sped' .* there are: speed"):
-        recorded.read("sped", folder=tmp_path)
+        recordings.read("sped", folder=tmp_path)
 
 
-@pytest.mark.parametrize("missing", recorded.FACTS)
+@pytest.mark.parametrize("missing", recordings.FACTS)
 def test_recording_without_its_facts_is_refused(missing, tmp_path):
     facts = {key: value for key, value in recorder.facts().items() if key != missing}
     with pytest.raises(ValueError, match=f"facts lack {missing}"):
@@ -34,7 +34,7 @@ def test_recording_without_its_facts_is_refused(missing, tmp_path):
 def test_broken_recording_is_named(text, tmp_path):
     (tmp_path / "speed.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="speed"):
-        recorded.read("speed", folder=tmp_path)
+        recordings.read("speed", folder=tmp_path)
 
 
 def test_rows_must_be_rows(tmp_path):

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from qlora_helpers import adapters, env, models, nf4, records, train
+from qlora_helpers import adapters, env, memory, models, nf4, records, train
 from qlora_helpers.lesson import exercises, recordings
 from qlora_helpers.models import embedded
 from qlora_helpers.records import prompts

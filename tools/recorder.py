@@ -10,10 +10,11 @@ import sys
 
 import torch
 
-from qlora_helpers import env, recorded
+from qlora_helpers import env
+from qlora_helpers.lesson import recordings
 
 
-def write(name, facts, rows, folder=recorded.FOLDER) -> pathlib.Path:
+def write(name, facts, rows, folder=recordings.FOLDER) -> pathlib.Path:
     """Write a benchmark's rows with the facts of their measuring; return the path.
 
     The file is replaced as a whole: a reader sees the old one or the new one.
@@ -21,7 +22,7 @@ def write(name, facts, rows, folder=recorded.FOLDER) -> pathlib.Path:
     Raises ValueError for missing facts, or rows that are not a list of dicts.
     """
     recording = {"facts": facts, "rows": rows}
-    recorded.check(name, recording)
+    recordings.check(name, recording)
     file = pathlib.Path(folder) / f"{name}.json"
     text = json.dumps(recording, indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(file, (text + "\n").encode())

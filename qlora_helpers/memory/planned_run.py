@@ -4,7 +4,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from transformers import LlamaConfig
+from transformers import BitsAndBytesConfig, LlamaConfig
 
 from qlora_helpers import env, models
 from qlora_helpers.env import check_whole
@@ -39,6 +39,14 @@ METHODS = {
     "lora": "LoRA on 16-bit weights",
     "full": "full fine-tuning in 16 bits",
 }
+OTHER_QUANTIZATION = (
+    "model_config.quantization_config is not the bnb_config: give the one that the "
+    "model was loaded with as bnb_config"
+)
+FULL_IN_FP16 = (
+    "full fine-tuning of 16-bit weights does not work in fp16, because torch's "
+    "GradScaler takes no fp16 gradients: give a lora_config, or train in bf16"
+)
 RANK = 16  # of the recipe's adapters
 FULL_OPTIMIZER = "adamw_torch_fused"  # of full fine-tuning: transformers' default
 
@@ -91,10 +99,7 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     refuse_uncounted("sft_config", sft_config, "SFTConfig")
     loaded = getattr(config, "quantization_config", None)
     if loaded is not None and not same_quantization(loaded, bnb_config):
-        raise ValueError(
-            "model_config.quantization_config is not the bnb_config: give the one that "
-            "the model was loaded with as bnb_config"
-        )
+        raise ValueError(OTHER_QUANTIZATION)
     rows, length = sft_config.per_device_train_batch_size, sft_config.max_length
     check_whole("per_device_train_batch_size", rows)
     check_whole("max_length", length)
@@ -120,10 +125,7 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
             f"(bf16={sft_config.bf16}, fp16={sft_config.fp16}): make them the same"
         )
     if mixed == torch.float16 and lora_config is None:
-        raise ValueError(
-            "full fine-tuning of 16-bit weights does not work in fp16, because torch's "
-            "GradScaler takes no fp16 gradients: give a lora_config, or train in bf16"
-        )
+        raise ValueError(FULL_IN_FP16)
     if extras.kbit_casts and bnb_config is None:
         raise ValueError("extras.kbit_casts is for 4-bit models: give a bnb_config")
     optim = getattr(sft_config.optim, "value", sft_config.optim)
@@ -179,6 +181,12 @@ def of_recipe(config, method: str, rows: int, length: int, kind: str) -> Plan:
     config = checked_model(config)
     machine = env.profile_of(kind)
     full = method == "full"
+    if full and machine.fp16:
+        raise ValueError(FULL_IN_FP16)
+    # a model that was loaded in 4 bits has its own config; the recipe's is used instead
+    loaded = getattr(config, "quantization_config", None)
+    if not isinstance(loaded, BitsAndBytesConfig | None):
+        raise ValueError(OTHER_QUANTIZATION)
     return Plan(
         config=config,
         four_bit=method == "qlora",
