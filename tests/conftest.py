@@ -124,7 +124,7 @@ def sample():
         markdown("## What does adding give?\n\n**Prediction.** How much is 1 + 1?"),
         code("predicted = 3  # too many", metadata={"tags": ["prediction"]}),
         code(
-            "from qlora_helpers import check\n\n"
+            "from qlora_helpers.lesson import check\n\n"
             'check.compare("01.sum", predicted, ONE + ONE)',
             outputs=[stdout("01.sum: predicted 3, measured 2, ratio 1.5\n")],
         ),

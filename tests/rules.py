@@ -483,7 +483,7 @@ def recorded_values(cell):
 
     The ends of an interval are left out: prose quotes results.
     """
-    for name, call in calls(tree(cell), "recorded"):
+    for name, call in calls(tree(cell), "recordings"):
         if name != "read":
             continue
         for row in recordings.read(ast.literal_eval(call.args[0]))["rows"]:

@@ -127,7 +127,7 @@ def test_say_shows_prose_in_a_notebook(tmp_path):
     script = """
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from qlora_helpers import check
+from qlora_helpers.lesson import check
 InteractiveShell.instance()
 with capture_output() as captured:
     check.say(f"After training **{0.45:.0%}** are right.")
@@ -202,7 +202,7 @@ def test_show_displays_a_small_picture_with_its_alt_text(tmp_path):
     script = f"""
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from qlora_helpers import plots
+from qlora_helpers.lesson import plots
 InteractiveShell.instance()
 fig, ax = plots.figure()
 ax.plot([1, 2], [2, 1])

@@ -451,7 +451,8 @@ TRAIN = """
 import sys, torch
 from peft import get_peft_model
 from transformers import AutoTokenizer
-from qlora_helpers import embedded, env, models, records, train
+from qlora_helpers import env, models, records, train
+from qlora_helpers.models import embedded
 machine = env.profile()
 settings = train.sft_config(machine, sys.argv[1], 2, 4, 1e-3)
 print("n_gpu", settings.n_gpu)
@@ -841,7 +842,7 @@ def test_without_ipywidgets_the_course_draws_bars_as_text(tmp_path):
     assert len(sliders) == 1
     stand_ins = """
     import types
-    from qlora_helpers import plots
+    from qlora_helpers.lesson import plots
     from qlora_helpers.env import GIB
     def peak(*settings):
         return types.SimpleNamespace(kinds={"weights": GIB}, peak=GIB, moment="here")

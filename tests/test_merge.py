@@ -198,7 +198,7 @@ def test_what_is_held_is_predicted(tmp_path):
 
 def run_alone(arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_helpers.merge", *map(str, arguments)],
+        [sys.executable, "-m", "qlora_helpers.ship.merge", *map(str, arguments)],
         cwd=env.ROOT,
         capture_output=True,
         text=True,

@@ -868,7 +868,8 @@ def test_an_adapter_of_the_hub_is_no_base(hub):
 
 MOVED_CHILD = """
 import json, sys
-from qlora_helpers import adapters, merge, models
+from qlora_helpers import adapters, models
+from qlora_helpers.ship import merge
 adapter, out, old, new = sys.argv[1:]
 now = models.base_identity("own/tiny")
 assert now["revision"] == new, now

@@ -14,12 +14,12 @@ import nbformat
 import pytest
 import rules
 
-import qlora_helpers
+import qlora_helpers.lesson
 from qlora_helpers import env
 from tools import course
 
 NOTEBOOKS = course.find()
-MODULES = sorted((env.ROOT / "qlora_helpers").glob("*.py"))
+MODULES = sorted((env.ROOT / "qlora_helpers").rglob("*.py"))
 WITH_NAMES = {"argvalues": NOTEBOOKS, "ids": lambda path: path.stem}
 
 
@@ -90,11 +90,16 @@ def test_module_imports_are_required(path):
 # ---- what a notebook writes out is what the package does
 
 WRITTEN_OUT = {
-    ("01", "quant"): ["nf4_code", "fp4_code", "int4_code", "quantize", "dequantize"],
-    ("02", "quant"): ["dynamic_code", "quantize_scales", "dequantize_scales"],
+    ("01", "nf4"): ["nf4_code", "fp4_code", "int4_code", "quantize", "dequantize"],
+    ("02", "nf4"): ["dynamic_code", "quantize_scales", "dequantize_scales"],
     ("03", "layer"): ["FrozenProduct", "QLoRALinear"],
-    ("06", "train"): ["nf4_config", "lora_config", "sft_config", "build_trainer"],
-    ("07", "merge"): ["lora_change", "through_nf4"],
+    ("06", "train/recipe"): [
+        "nf4_config",
+        "lora_config",
+        "sft_config",
+        "build_trainer",
+    ],
+    ("07", "ship/merge"): ["lora_change", "through_nf4"],
 }
 
 
@@ -124,7 +129,7 @@ def test_the_notebook_writes_out_what_the_package_does(number, module, name):
     assert shown[name] == definitions(file.read_text(encoding="utf-8"))[name]
 
 
-@pytest.mark.parametrize("module", ["quant", "layer"])
+@pytest.mark.parametrize("module", ["nf4", "layer"])
 def test_nothing_of_a_lesson_is_hidden_in_the_package(module):
     file = env.ROOT / "qlora_helpers" / f"{module}.py"
     defined = set(definitions(file.read_text(encoding="utf-8")))
@@ -145,7 +150,7 @@ EXERCISES = [
 def try_exercise(code, stub):
     """Run `code` alone, then the stub's oracle: (its answer, what it printed)."""
     space = {}
-    exec("from qlora_helpers import exercises", space)
+    exec("from qlora_helpers.lesson import exercises", space)
     call = ast.unparse(ast.parse(stub.source).body[-1])
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, space)
@@ -175,8 +180,8 @@ def test_exercises_are_tried_alone(sample, monkeypatch):
     """What the two tests above rest on: no variable of the notebook helps."""
     oracles = types.ModuleType("exercises")
     oracles.check_add = lambda add: (print("add(1, 1) is not 2"), add(1, 1) == 2)[1]
-    monkeypatch.setitem(sys.modules, "qlora_helpers.exercises", oracles)
-    monkeypatch.setattr(qlora_helpers, "exercises", oracles, raising=False)
+    monkeypatch.setitem(sys.modules, "qlora_helpers.lesson.exercises", oracles)
+    monkeypatch.setattr(qlora_helpers.lesson, "exercises", oracles, raising=False)
     stub, solution = sample.cells[11:13]
     assert try_exercise(rules.solution_code(solution)[0], stub)[0] is True
     assert try_exercise(stub_code(stub), stub) == (False, "add(1, 1) is not 2\n")
@@ -397,7 +402,7 @@ def test_a_number_in_prose_rounds_one_in_an_output(shown, prose, fits, sample, p
 
 
 def test_prose_may_quote_a_recording_with_its_unit(sample, path):
-    sample.cells[7].source = 'recorded.read("recipe")'
+    sample.cells[7].source = 'recordings.read("recipe")'
     sample.cells[8].source = "Over three seeds the values were 85 %."
     assert list(rules.numbers(sample, path)) == []
     for other in ("85", "85 GiB", "86 %"):

@@ -119,16 +119,16 @@ RUNNER = (
     f"MARK = {MARK!r}"
     + """
 import json, sys
-from qlora_helpers import evaluate, records
+from qlora_helpers import records, score
 notebook, settings = json.load(open(sys.argv[1])), json.loads(sys.argv[2])
 whole = records.load
 def load(split):  # a few, among them some about delays
     late = [row for row in whole(split) if "MAX(late)" in row["output"]]
     return late[:2] + whole(split)[:6]
-records.load, perplexity = load, evaluate.perplexity
-evaluate.perplexity = lambda model, tokenizer, text: perplexity(
+records.load, perplexity = load, score.perplexity
+score.perplexity = lambda model, tokenizer, text: perplexity(
     model, tokenizer, text[:3000])
-evaluate.generate_answers.__defaults__ = (64, 8)  # new tokens: enough here
+score.generate_answers.__defaults__ = (64, 8)  # new tokens: enough here
 names = {}
 for cell in notebook["cells"]:
     tags = cell["metadata"].get("tags", [])

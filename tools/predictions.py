@@ -3,7 +3,7 @@
     python -m tools.predictions                         this reader's own journal
     python -m tools.predictions FILE_OR_FOLDER [--out PNG]
 
-The journal is what qlora_helpers.check writes. A folder holds one journal (*.jsonl) for
+The journal is what qlora_helpers.lesson.check writes. A folder holds one journal (*.jsonl) for
 each reader. Each reader's first guess for an id counts.
 """
 

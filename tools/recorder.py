@@ -1,4 +1,4 @@
-"""Write recordings: the files of data/measured, which qlora_helpers.recorded reads."""
+"""Write recordings: the files of data/measured, which lesson/recordings.py reads."""
 
 import datetime
 import json

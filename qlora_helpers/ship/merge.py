@@ -183,7 +183,7 @@ def copy_rest(source: Path, target: Path, patterns) -> None:
 
 def main(arguments=None) -> None:
     """The command line: merge, and say what memory it took."""
-    parser = argparse.ArgumentParser("python -m qlora_helpers.merge")
+    parser = argparse.ArgumentParser("python -m qlora_helpers.ship.merge")
     parser.add_argument("base", help="embedded, a folder, or a Hub id")
     parser.add_argument("adapter", type=Path)
     parser.add_argument("out", type=Path)
