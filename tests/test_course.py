@@ -1,5 +1,6 @@
 """Outputs repeat, the learner's face is built and kept, the house is in order."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -9,7 +10,7 @@ import pytest
 import rules
 
 from qlora_helpers import env
-from tools import course
+from tools import course, predictions
 
 new = nbformat.v4
 TEXT_AND_BAR = """import sys, logging
@@ -235,6 +236,16 @@ def test_stamping_does_not_hide_an_edited_output(folder):
     path.write_text(nbformat.writes(notebook), encoding="utf-8")
     course.stamp(folder, "https://github.com/new/place")
     assert len(list(rules.hashes(read(path), path))) == 1
+
+
+def test_predictions_of_a_journal_are_plotted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predictions, "OUT", tmp_path / "predictions.png")
+    row = {"id": "02.bits", "kind": "compare", "predicted": 4, "measured": 4.5}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert course.main(["predictions", str(tmp_path)]) == 0
+    assert "02.bits" in capsys.readouterr().out
+    assert course.main(["predictions", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 # ---- the house

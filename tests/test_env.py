@@ -240,7 +240,8 @@ def test_versions_outside_the_tested_range_are_named(monkeypatch):
 def sound(tmp_path, monkeypatch):
     """A machine on which nothing is wrong, whatever this one is."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(readiness, "total_ram_gib", lambda: 16.0)
+    for module in (machine, readiness):
+        monkeypatch.setattr(module, "total_ram_gib", lambda: 16.0)
     monkeypatch.setattr(
         readiness.shutil, "disk_usage", lambda _: Disk(0, 0, 9 * env.GIB)
     )

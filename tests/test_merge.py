@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers import adapters, env, memory, models, records, score, train
 from qlora_helpers.models.embedded import embedded_dir
-from qlora_helpers.ship.gguf_file import merge, mergeable
+from qlora_helpers.ship import merge, mergeable
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from qlora_helpers import env, models, records, score, train
-from qlora_helpers.ship.gguf_file import gguf_file, merge
+from qlora_helpers.ship import gguf_file, merge
 
 QUESTIONS = records.load("phrasing")[:6]
 

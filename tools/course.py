@@ -1,6 +1,8 @@
 """Run the course, store its outputs, and build the learner's face.
 
-Use: python -m tools.course outputs|learner|run|stamp|fetch [NOTEBOOK ...]
+Use: python -m tools.course outputs|run [NOTEBOOK ...]
+     python -m tools.course learner|stamp|fetch
+     python -m tools.course predictions [JOURNAL or FOLDER]
 """
 
 import argparse
@@ -23,6 +25,7 @@ from nbconvert import HTMLExporter
 
 from qlora_helpers import env
 from qlora_helpers.lesson import recordings
+from tools import predictions
 
 NOTEBOOKS = env.ROOT / "notebooks"
 LEARNER = env.ROOT / "my_course"
@@ -359,20 +362,28 @@ def _progress(name):
 def main(arguments=None) -> int:
     """The command line; 1 if a notebook failed, 2 for a wrong name."""
     parser = argparse.ArgumentParser(prog="python -m tools.course")
+    on_notebooks = {"outputs": outputs, "run": run}
+    others = {"learner": learner, "stamp": stamp, "fetch": fetch}
+    commands = [*on_notebooks, *others, "predictions"]
+    parser.add_argument("command", choices=commands)
     parser.add_argument(
-        "command", choices=["outputs", "learner", "run", "stamp", "fetch"]
+        "names",
+        nargs="*",
+        help="notebooks, such as 06 (default: all); for predictions a journal or a "
+        "folder of journals (default: your own)",
     )
-    parser.add_argument("notebooks", nargs="*", help="such as 06; default: all")
     given = parser.parse_args(arguments)
     try:
-        if given.command in ("outputs", "run"):
-            {"outputs": outputs, "run": run}[given.command](given.notebooks)
+        if given.command in on_notebooks:
+            on_notebooks[given.command](given.names)
+        elif given.command == "predictions":
+            predictions.main(*given.names[:1])
         else:
-            {"learner": learner, "stamp": stamp, "fetch": fetch}[given.command]()
+            others[given.command]()
     except (CellExecutionError, DeadKernelError) as error:
         print(re.sub(r"\x1b\[[0-9;]*m", "", str(error)), file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

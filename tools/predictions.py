@@ -3,8 +3,8 @@
     python -m tools.predictions                         this reader's own journal
     python -m tools.predictions FILE_OR_FOLDER [--out PNG]
 
-The journal is what qlora_helpers.lesson.check writes. A folder holds one journal (*.jsonl) for
-each reader. Each reader's first guess for an id counts.
+The journal is what lesson/check.py writes. A folder holds a journal (*.jsonl) for each
+reader, whose first guess for an id counts.
 """
 
 import argparse
@@ -25,11 +25,11 @@ FARTHEST = 1e12  # a wrong unit is drawn, a slip of the finger is not
 DAMAGED = "no row of a journal"  # why a line is left out
 
 
-def main(path=None, out=OUT) -> pathlib.Path | None:
+def main(path=None, out=None) -> pathlib.Path | None:
     """Plot a journal, or a folder of journals, and print one line for each id.
 
-    `path` is this machine's journal if it is None. Returns the picture's path, or None
-    if there is nothing to plot.
+    path: by default this machine's journal. out: by default OUT. Returns the picture's
+    path, or None if there is nothing to plot.
     """
     files = journals(path)
     guesses, left_out = read(files)
@@ -44,7 +44,7 @@ def main(path=None, out=OUT) -> pathlib.Path | None:
         return None
     for line in lines(guesses):
         print(line)
-    out = pathlib.Path(out)
+    out = pathlib.Path(out or OUT)
     picture = io.BytesIO()
     draw(guesses, len(files)).savefig(picture, format="png", dpi=plots.DPI)
     recorder.write_whole(out, picture.getvalue())
@@ -57,7 +57,7 @@ def journals(path=None) -> list[pathlib.Path]:
 
     Raises FileNotFoundError if there is no such file or folder, or no journal in it.
     """
-    given = path or check._journal_file()
+    given = path or check.journal_file()
     if given is None:
         raise FileNotFoundError("no journal is kept here: give a file or a folder")
     path = pathlib.Path(given)

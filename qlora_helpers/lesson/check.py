@@ -109,7 +109,7 @@ def journal() -> list[dict]:
     predicted (None if blank) and unit where there is one.
     """
     rows = []
-    file = _journal_file()
+    file = journal_file()
     if file is None or not file.exists():
         return rows
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -157,7 +157,8 @@ def _text(value, digits) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _journal_file() -> pathlib.Path | None:
+def journal_file() -> pathlib.Path | None:
+    """The file that the comparisons go to; None if no journal is kept."""
     moved = os.environ.get("QLORA_JOURNAL")
     if moved is not None:
         return pathlib.Path(moved) if moved else None
@@ -166,7 +167,7 @@ def _journal_file() -> pathlib.Path | None:
 
 
 def _write(id, kind, **row) -> None:
-    file = _journal_file()
+    file = journal_file()
     if file is None:
         return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
