@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_helpers.lesson import check, plots
+from qlora_helpers import plots
+from qlora_helpers.lesson import check
 
 # ---- predictions and claims
 
@@ -202,7 +203,7 @@ def test_show_displays_a_small_picture_with_its_alt_text(tmp_path):
     script = f"""
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from qlora_helpers.lesson import plots
+from qlora_helpers import plots
 InteractiveShell.instance()
 fig, ax = plots.figure()
 ax.plot([1, 2], [2, 1])

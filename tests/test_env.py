@@ -843,7 +843,7 @@ def test_without_ipywidgets_the_course_draws_bars_as_text(tmp_path):
     assert len(sliders) == 1
     stand_ins = """
     import types
-    from qlora_helpers.lesson import plots
+    from qlora_helpers import plots
     from qlora_helpers.env import GIB
     def peak(*settings):
         return types.SimpleNamespace(kinds={"weights": GIB}, peak=GIB, moment="here")

@@ -16,8 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_helpers import score
-from qlora_helpers.records import prompts
+from qlora_helpers import records, score, sql
 from qlora_helpers.score import (
     bootstrap_interval,
     generate_answers,
@@ -294,7 +293,7 @@ def asked(monkeypatch):
         systems.append(system)
         return f"{record['instruction']}<answer>"
 
-    monkeypatch.setattr(prompts, "prompt", prompt)
+    monkeypatch.setattr(records, "prompt", prompt)
     return systems
 
 
@@ -362,7 +361,7 @@ def test_databases_that_are_not_open_are_refused(wrong, database):
         with pytest.raises(
             TypeError, match="give a list of one or more open databases"
         ):
-            score.judge("SELECT 1", COUNT, judged)
+            sql.judge("SELECT 1", COUNT, judged)
     with pytest.raises(TypeError, match="give a list of one or more open databases"):
         score.ask("count", None, None, wrong, system=None)
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 
 from qlora_helpers import adapters, card, env, model_files, models, train
-from qlora_helpers.ship.push import push
+from qlora_helpers.ship import push
 
 TOKEN = "hf_test"
 READABLE = "own/readable"  # there, but not to be written to

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from qlora_helpers import adapters, env, memory, models, nf4, records, train
 from qlora_helpers.lesson import exercises, recordings
 from qlora_helpers.models import embedded
-from qlora_helpers.records import prompts
 from qlora_helpers.train import effective, live_loss
 from tools import course
 
@@ -335,7 +334,7 @@ def test_rows_that_teach_no_end_are_refused(trainer, tmp_path):
 
 def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeypatch):
     real = records.context_ids
-    monkeypatch.setattr(prompts, "context_ids", lambda *given: [0, *real(*given)])
+    monkeypatch.setattr(records, "context_ids", lambda *given: [0, *real(*given)])
     with pytest.raises(RuntimeError, match="row 0 is trained with .* prompt tokens"):
         train.check_effective(trainer, env.profile())
 

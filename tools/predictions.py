@@ -15,8 +15,8 @@ import pathlib
 import statistics
 import sys
 
-from qlora_helpers import env
-from qlora_helpers.lesson import check, plots
+from qlora_helpers import env, plots
+from qlora_helpers.lesson import check
 from tools import recorder
 
 OUT = env.ROOT / "build" / "predictions.png"

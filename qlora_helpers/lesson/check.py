@@ -69,7 +69,7 @@ def choose(id, predicted, answer, options, by="measurement") -> None:
 
 
 def holds(id, claim, text) -> None:
-    """Print whether a claim of the lesson holds on this machine; it stops none.
+    """Print whether a claim of the lesson holds on this machine; the run goes on.
 
     Raises ValueError for an id that is not like "06.better", TypeError for a claim
     that is neither True nor False.

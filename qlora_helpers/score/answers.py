@@ -129,7 +129,7 @@ def _checked(records) -> list[dict]:
     """The records as a list, after `records.check` of each."""
     records = task.as_list(records)
     for row, record in enumerate(records):
-        records.check_record(record, row)
+        task.check_record(record, row)
     return records
 
 

@@ -5,7 +5,7 @@ import math
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from qlora_helpers.lesson import plots
+from qlora_helpers import plots
 
 
 class LiveLoss(TrainerCallback):

@@ -1,0 +1,51 @@
+"""Try a reader's function, and print one line that helps."""
+
+import torch
+
+
+def try_out(name, function, cases, same=lambda yours, expected: yours == expected):
+    """True if the function gives what is expected in every case; prints one line.
+
+    `cases` is a list of (arguments, expected). Nothing a reader's function raises
+    stops the notebook.
+    """
+    for arguments, expected in cases:
+        call = f"{function.__name__}({', '.join(map(_short, arguments))})"
+        try:
+            yours = function(*arguments)
+        except Exception as error:  # a reader's function may raise anything
+            print(f"{name}: not yet: {call} raises {type(error).__name__}: {error}")
+            return False
+        if yours is None or yours is ...:
+            print(f"{name}: not yet: {call} returns nothing; write its body above")
+            return False
+        if not same(yours, expected):
+            print(
+                f"{name}: not yet: {call} gives yours {_short(yours)}, "
+                f"expected {_short(expected)}"
+            )
+            return False
+    print(f"{name}: right, in {len(cases)} of {len(cases)} cases")
+    return True
+
+
+def _short(value) -> str:
+    if isinstance(value, torch.Tensor) and value.numel() > 4:
+        first = ", ".join(f"{number:.4g}" for number in value.flatten()[:4].tolist())
+        return f"tensor of {tuple(value.shape)}: [{first}, ...]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    if callable(value):
+        return getattr(value, "__name__", "a function")  # repr holds an address
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:100]} ... {text[-50:]}"
+
+
+def near(yours, expected) -> bool:
+    """True where two tensors, or two tuples of them, agree to fp32's precision."""
+    if isinstance(expected, tuple):
+        return len(yours) == len(expected) and all(map(near, yours, expected))
+    yours = torch.as_tensor(yours)
+    return yours.shape == expected.shape and torch.allclose(
+        yours.float(), expected, rtol=1e-4, atol=1e-6
+    )

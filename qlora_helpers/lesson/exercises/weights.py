@@ -1,0 +1,140 @@
+"""The oracles of 01 to 03 and 07: weights, layers and merging."""
+
+import functools
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+
+from qlora_helpers import memory, nf4
+from qlora_helpers.lesson.exercises.oracle import near, try_out
+
+
+def check_nf3(nf3_code) -> bool:
+    """Exercise 01.1: eight levels from a Gaussian's quantiles, as NF4 has sixteen."""
+    cases = []
+    for top in (0.9330, 0.95):
+        above = torch.special.ndtri(torch.linspace(top, 0.5, 5)[:-1].double())
+        below = -torch.special.ndtri(torch.linspace(top, 0.5, 4)[:-1].double())
+        code = torch.cat([below, torch.zeros(1), above.flip(0)]).float()
+        cases.append(((top,), code / code.max()))
+    return try_out("exercise 01.1", nf3_code, cases, near)
+
+
+def check_gain(gain) -> bool:
+    """Exercise 01.2: NF4's gain over INT4, in percent of INT4's error."""
+    weight = torch.randn(2**16, generator=torch.Generator().manual_seed(7))
+    cases = []
+    for block in (32, 64, 1024):
+        errors = []
+        for code in (nf4.nf4_code(), nf4.int4_code()):
+            packed, absmax = nf4.quantize(weight, code, block)
+            stored = nf4.dequantize(packed, absmax, code, weight.shape, block)
+            errors.append((stored - weight).pow(2).mean().sqrt())
+        cases.append(((weight, block), 100 * (1 - errors[0] / errors[1])))
+    return try_out("exercise 01.2", gain, cases, near)
+
+
+def check_bits_per_weight(bits_per_weight) -> bool:
+    """Exercise 02.1: weights, scales and smallest values, shared by a block."""
+    cases = [
+        ((4, 64, 32, False), 4.5),  # NF4 in bitsandbytes
+        ((4, 32, 16, True), 5.0),  # GGUF's Q4_1
+        ((4, 32, 16, False), 4.5),  # GGUF's Q4_0
+        ((8, 256, 32, False), 8.125),
+    ]
+    return try_out("exercise 02.1", bits_per_weight, cases)
+
+
+def check_layer_bytes(layer_bytes) -> bool:
+    """Exercise 02.2: every byte of a Linear4bit, as bitsandbytes has it."""
+    cases = []
+    for rows, columns in ((1536, 576), (64, 64), (33, 70), (3, 1000)):
+        layer = Linear4bit(
+            columns, rows, bias=False, quant_type="nf4", compress_statistics=True
+        )
+        layer = layer.to("cpu")  # this quantizes
+        cases.append(((rows, columns), memory.tensor_bytes(layer.weight)))
+    return try_out("exercise 02.2", layer_bytes, cases)
+
+
+def check_dropout(with_dropout) -> bool:
+    """Exercise 03.1: dropout where PEFT has it, with the same random numbers."""
+    cases = []
+    for p in (0.1, 0.5):
+        torch.manual_seed(3)
+        base = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False))
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=p, target_modules=["0"])
+        layer = get_peft_model(base, lora).base_model.model[0].train()
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.nn.init.normal_(B)
+        x = torch.randn(16, 24)
+        torch.manual_seed(4)
+        expected = layer(x).detach()
+        W = layer.base_layer.weight
+        cases.append(((x, W.detach(), A.detach(), B.detach(), 2.0, p), expected))
+
+    @functools.wraps(with_dropout)
+    def seeded(*arguments):
+        torch.manual_seed(4)
+        return with_dropout(*arguments)
+
+    return try_out("exercise 03.1", seeded, cases, near)
+
+
+def check_adapter_gradients(adapter_gradients) -> bool:
+    """Exercise 03.2: the gradients of A and of B, as autograd finds them."""
+    cases = []
+    for rows, width, out, r in ((5, 7, 3, 2), (16, 24, 40, 4)):
+        generator = torch.Generator().manual_seed(rows)
+        x, A, B, grad = (
+            torch.randn(shape, generator=generator)
+            for shape in ((rows, width), (r, width), (out, r), (rows, out))
+        )
+        ours = [A.clone().requires_grad_(), B.clone().requires_grad_()]
+        y = 0.5 * (x @ ours[0].T) @ ours[1].T
+        expected = torch.autograd.grad(y, ours, grad)
+        cases.append(((x, A, B, 0.5, grad), tuple(expected)))
+    return try_out("exercise 03.2", adapter_gradients, cases, near)
+
+
+def check_surviving_share(surviving_share) -> bool:
+    """Exercise 07.1: the share of a change that a way of storing weights keeps."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator)
+    change = 0.1 * torch.randn(64, 64, generator=generator)
+
+    def expected(weight, change, stored):
+        kept = stored(weight + change) - stored(weight)
+        return (kept * change).sum() / change.square().sum()
+
+    def coarse(weight):  # whole numbers
+        return weight.round()
+
+    def scaled(weight):
+        return 0.5 * weight
+
+    cases = [
+        ((base, change, stored), expected(base, change, stored))
+        for base, stored in (
+            (weight, coarse),
+            (weight.round(), coarse),
+            (weight, scaled),
+        )
+    ]
+    return try_out("exercise 07.1", surviving_share, cases, near)
+
+
+def check_merged_at(merged_at) -> bool:
+    """Exercise 07.2: a weight with an adapter merged at some strength."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, generator=generator)
+    A, B = (
+        torch.randn(2, 4, generator=generator),
+        torch.randn(6, 2, generator=generator),
+    )
+    cases = [
+        ((weight, A, B, alpha, 2, strength), weight + strength * alpha / 2 * (B @ A))
+        for alpha, strength in ((4, 1), (4, 0), (2, 0.5))
+    ]
+    return try_out("exercise 07.2", merged_at, cases, near)
