@@ -277,7 +277,7 @@ def test_the_refusal_comes_before_anything_is_computed(tiny, tmp_path, monkeypat
     base, adapter = map(str, tiny)
     (tmp_path / "diary").write_text("mine", "utf-8")
     monkeypatch.setattr(merge.models, "base_identity", pytest.fail)
-    monkeypatch.setattr(merge, "merged", pytest.fail)
+    monkeypatch.setattr(merge, "merge_tensor", pytest.fail)
     with pytest.raises(FileExistsError, match="is a file"):
         merge.merge_folder(base, adapter, tmp_path / "diary")
     with pytest.raises(PermissionError, match="cannot be written"):
