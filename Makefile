@@ -9,8 +9,6 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 export PYTHONPATH := $(CURDIR)
-export TOKENIZERS_PARALLELISM := false
-export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup lab run test outputs clean

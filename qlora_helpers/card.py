@@ -1,7 +1,6 @@
 """The card of a merged model or an adapter: the README.md that the Hub reads."""
 
 import hashlib
-import os
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from qlora_helpers import env, model_files
+from qlora_helpers.model_files import write_whole
 from qlora_helpers.models.embedded import SMOLLM2
 from qlora_helpers.score import Accuracy
 
@@ -99,7 +99,7 @@ def _mark(body: str) -> str:
 
 def _write(folder: Path, header: dict, parts: list) -> Path:
     """Write the card whole or not at all, and never over another one."""
-    card, beside = folder / CARD, folder / f"{CARD}.{os.getpid()}.part"
+    card = folder / CARD
     if card.exists() and not is_own_card(card):
         raise FileExistsError(
             f"{card} was changed or not written by this package, and would be lost: "
@@ -107,12 +107,7 @@ def _write(folder: Path, header: dict, parts: list) -> Path:
         )
     yaml = ModelCardData(**header, tags=["qlora"], pipeline_tag="text-generation")
     body = f"---\n{yaml.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
-    try:
-        text = f"{body}\n{_mark(body)}\n"
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        beside.replace(card)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(card, f"{body}\n{_mark(body)}\n")
     return card
 
 

@@ -102,11 +102,17 @@ def sha256(file) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file: the whole new one replaces the old one, or nothing changes."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file: the whole new one replaces the old one, or nothing changes.
+
+    A text is written as UTF-8 and ends with one line break. The file's folder is made.
+    """
+    if isinstance(content, str):
+        content = (content.rstrip("\n") + "\n").encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
+        beside.write_bytes(content)
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)

@@ -12,14 +12,16 @@ import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile
 
+from qlora_helpers import env
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 POLL = 5  # seconds between two looks at whether the kernel lives
 SIGN_OF_LIFE = 60  # seconds
 
 # inherited by every kernel that a test starts
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+for name, value in env.QUIET.items():
+    os.environ.setdefault(name, value)
 os.environ["QLORA_JOURNAL"] = ""  # tests leave no guesses in a learner's journal
 
 

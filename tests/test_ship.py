@@ -480,7 +480,7 @@ def test_a_width_that_does_not_fill_a_block_is_refused(tmp_path, out):
     config = llama(hidden_size=120)
     folder = save(tmp_path / "narrow", config)
     source = write_source(tmp_path / "narrow.gguf", config)
-    for kind in ("Q8_0", "Q4_0"):
+    for kind in ("Q8_0",):
         said = "has rows of 120, not a multiple of 32: take F16"
         refused(folder, source, out, said, kind)
     assert gguf_file.to_gguf(folder, source, out, "F16").exists()

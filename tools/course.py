@@ -25,6 +25,7 @@ from nbconvert import HTMLExporter
 
 from qlora_helpers import env
 from qlora_helpers.lesson import recordings
+from qlora_helpers.model_files import write_whole
 from tools import predictions
 
 NOTEBOOKS = env.ROOT / "notebooks"
@@ -34,11 +35,7 @@ BUILD = env.ROOT / "build"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # For every kernel that the course starts itself; an author's runs are no learner's.
-QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "QLORA_JOURNAL": "",
-}
+KERNEL_VARIABLES = env.QUIET | {"QLORA_JOURNAL": ""}
 # nbconvert's page drops a picture's alt text, and loads scripts that none here needs.
 PAGE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js %}{% endblock %}
@@ -88,7 +85,7 @@ def execute(path, notebook=None):
     client.record_timing = False
     client.extra_arguments = ["--IPKernelApp.log_level=ERROR"]  # no word on encryption
     try:
-        return client.execute(env={**os.environ, **QUIET})
+        return client.execute(env={**os.environ, **KERNEL_VARIABLES})
     except (CellExecutionError, DeadKernelError) as error:
         error.notebook = notebook
         raise
@@ -138,7 +135,7 @@ def store(path, notebook) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata["output_sha256"] = output_hash(cell)
-    _write(path, nbformat.writes(notebook))
+    write_whole(path, nbformat.writes(notebook))
 
 
 def run(names=(), folder=NOTEBOOKS, build=BUILD) -> None:
@@ -154,10 +151,10 @@ def run(names=(), folder=NOTEBOOKS, build=BUILD) -> None:
             try:
                 notebook = clean(execute(path))
             except (CellExecutionError, DeadKernelError) as error:
-                _write(build / path.name, nbformat.writes(clean(error.notebook)))
+                write_whole(build / path.name, nbformat.writes(clean(error.notebook)))
                 raise
-            _write(build / path.name, nbformat.writes(notebook))
-            _write(build / f"{path.stem}.html", page(notebook, path.stem))
+            write_whole(build / path.name, nbformat.writes(notebook))
+            write_whole(build / f"{path.stem}.html", page(notebook, path.stem))
 
 
 def page(notebook, title) -> str:
@@ -213,7 +210,7 @@ def learner(folder=NOTEBOOKS, target=LEARNER) -> None:
                 print(f"{copy.name}: kept as you changed it{more}")
                 continue
         new.metadata["built_sha256"] = print_of_new
-        _write(copy, nbformat.writes(new))
+        write_whole(copy, nbformat.writes(new))
         print(f"{copy.name}: ready in {target.name}")
 
 
@@ -248,10 +245,10 @@ def stamp(folder=NOTEBOOKS, address=None) -> None:
                 # Only Colab reads the address, so the stored output is still right.
                 if unedited:
                     cell.metadata["output_sha256"] = output_hash(cell)
-        _write(path, nbformat.writes(notebook))
+        write_whole(path, nbformat.writes(notebook))
     if pathlib.Path(folder) == NOTEBOOKS:
         readme = env.ROOT / "README.md"
-        _write(readme, readme_map(readme.read_text(encoding="utf-8")))
+        write_whole(readme, readme_map(readme.read_text(encoding="utf-8")))
 
 
 def readme_map(readme) -> str:
@@ -338,12 +335,6 @@ def _prints(copy) -> tuple[str | None, str | None]:
     except Exception:  # nbformat raises whatever it stumbles over
         return None, "unreadable"
     return notebook.metadata.get("built_sha256"), _fingerprint(notebook)
-
-
-def _write(path, text) -> None:
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
-    beside.replace(path)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import sys
 
 from qlora_helpers import env, plots
 from qlora_helpers.lesson import check
-from tools import recorder
+from qlora_helpers.model_files import write_whole
 
 OUT = env.ROOT / "build" / "predictions.png"
 ROW = 0.34  # inches of height for each id
@@ -47,7 +47,7 @@ def main(path=None, out=None) -> pathlib.Path | None:
     out = pathlib.Path(out or OUT)
     picture = io.BytesIO()
     draw(guesses, len(files)).savefig(picture, format="png", dpi=plots.DPI)
-    recorder.write_whole(out, picture.getvalue())
+    write_whole(out, picture.getvalue())
     print(out)
     return out
 

@@ -12,6 +12,7 @@ import torch
 
 from qlora_helpers import env
 from qlora_helpers.lesson import recordings
+from qlora_helpers.model_files import write_whole
 
 
 def write(name, facts, rows, folder=recordings.FOLDER) -> pathlib.Path:
@@ -25,19 +26,8 @@ def write(name, facts, rows, folder=recordings.FOLDER) -> pathlib.Path:
     recordings.check(name, recording)
     file = pathlib.Path(folder) / f"{name}.json"
     text = json.dumps(recording, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(file, (text + "\n").encode())
+    write_whole(file, text)
     return file
-
-
-def write_whole(file: pathlib.Path, data: bytes) -> None:
-    """Replace a file as a whole, and make its folder where there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(data)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def facts() -> dict:

@@ -1,7 +1,6 @@
 """Adapters on disk: saved whole, and loaded only onto their own base."""
 
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from qlora_helpers.adapters.checks import (
     check_whole,
     tensor_names,
 )
+from qlora_helpers.model_files import write_whole
 
 
 def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
@@ -188,9 +188,7 @@ def adopt(folder, base: dict, quantization=None) -> None:
         )
     facts = dict(base, quantization=quantization and quantization.to_diff_dict())
     text = json.dumps(facts | {"adopted": True}, indent=1, default=str)
-    beside = folder / f"{NOTE}.{os.getpid()}.part"
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(folder / NOTE)
+    write_whole(folder / NOTE, text)
 
 
 def _adapter_of(model) -> str:

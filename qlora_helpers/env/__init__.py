@@ -20,6 +20,7 @@ try:
         versions,
     )
     from qlora_helpers.env.readiness import (
+        QUIET,
         keep_freed_memory,
         quiet,
         return_freed_memory,
@@ -35,6 +36,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "GIB",
+    "QUIET",
     "ROOT",
     "TESTED",
     "UNGATED",

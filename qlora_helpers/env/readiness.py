@@ -107,11 +107,17 @@ def _pip(*arguments) -> None:
         ) from error
 
 
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "KINETO_LOG_LEVEL": "99",  # torch.profiler's "USDT: ..."
+}
+
+
 def quiet() -> None:
     """Keep the libraries' chatter, telemetry and fork warnings out of the lesson."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's "USDT: ..."
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "pip install kernels"
     # TRL and PEFT pass names that transformers 5.23 renames: theirs to mend, not ours
     theirs = r"(trl|transformers)\b"

@@ -27,9 +27,6 @@ KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
-    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
-    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 # Keys that are not copied from the source: they follow from the new file's own weights
 # and tokenizer. TEMPLATE is the start of several such keys.
