@@ -26,7 +26,7 @@ def pair(weight, r=4, alpha=8, dtype=torch.float32):
     torch.nn.init.normal_(ours.B, std=0.1)  # zeros would hide A's gradient
     theirs.lora_A["default"].weight.data.copy_(ours.A)
     theirs.lora_B["default"].weight.data.copy_(ours.B)
-    # a few 8-bit codes differ by one on a CPU: see test_quant.py
+    # a few 8-bit codes differ by one on a CPU: see test_nf4.py
     ours.index.copy_(theirs.base_layer.weight.quant_state.absmax)
     return ours, theirs
 
@@ -52,7 +52,7 @@ def apart(weight, dtype=torch.float32, rows=5):
 def test_forward_and_backward_are_the_libraries(out, sixteens, size):
     weight = torch.randn(out, 16 * sixteens) * size
     if "AVX512" in torch.backends.cpu.get_cpu_capability():
-        weight = torch.randn(out, 64 * sixteens) * size  # see test_quant.py
+        weight = torch.randn(out, 64 * sixteens) * size  # see test_nf4.py
     assert max(apart(weight)) < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: saved whole, and loaded only onto their own base."""
+"""Adapters on disk: how one is saved and loaded, and why one is refused."""
 
 from qlora_helpers.adapters.checks import (
     CONFIG,

@@ -1,1 +1,1 @@
-"""What only the lessons need: predictions and claims, figures, exercises, records."""
+"""What only the lessons need: guesses and claims, exercises, and what was measured."""
