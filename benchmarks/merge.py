@@ -39,10 +39,7 @@ def stored(weight, kind):
 
 
 class Study:
-    """A trained 4-bit model and its 16-bit base, on which merges are tried.
-
-    A class, since the weights outlive each of many merges.
-    """
+    """A trained 4-bit model and its 16-bit base, on which many merges are tried."""
 
     def __init__(self, trained, plain, tokenizer, questions):
         self.trained, self.plain, self.tokenizer = trained, plain, tokenizer

@@ -104,9 +104,10 @@ def main(shapes) -> None:
             folder = pathlib.Path(folder)
             base, adapter = make(shape, folder)
             for way in WAYS:
-                made = shape, way, base, adapter, folder / "out"
-                rows = common.in_child(measure, *made)
-                common.record("merge_memory", rows, same=("shape", "way"))
+                with tempfile.TemporaryDirectory(dir=folder) as place:
+                    out = pathlib.Path(place) / "out"
+                    rows = common.in_child(measure, shape, way, base, adapter, out)
+                    common.record("merge_memory", rows, same=("shape", "way"))
 
 
 if __name__ == "__main__":
