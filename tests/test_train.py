@@ -573,17 +573,21 @@ def test_merged_adapters_are_refused(trainer):
         train.check_effective(trainer, env.profile())
 
 
-def test_shuffled_rows_are_no_fault(model, tokenizer, tmp_path):
+def trainer_with(model, tokenizer, tmp_path, **changed):
+    """A trainer whose settings differ from the recipe's in what is named."""
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
-    settings.shuffle_dataset = True
-    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    for name, value in changed.items():
+        setattr(settings, name, value)
+    return train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+
+
+def test_shuffled_rows_are_no_fault(model, tokenizer, tmp_path):
+    trainer = trainer_with(model, tokenizer, tmp_path, shuffle_dataset=True)
     train.check_effective(trainer, env.profile())
 
 
 def test_a_prompt_that_carries_loss_is_called_so(model, tokenizer, tmp_path):
-    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
-    settings.completion_only_loss = False
-    trainer = train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+    trainer = trainer_with(model, tokenizer, tmp_path, completion_only_loss=False)
     with pytest.raises(RuntimeError, match=r"asked for it: [^(]*carries no loss"):
         train.check_effective(trainer, env.profile())
 

@@ -34,7 +34,7 @@ def read(name, folder=FOLDER) -> dict:
 
 
 def check(name, recording) -> None:
-    """Check the form of the recording `name`; `read` and tools.recordings call this.
+    """Check the form of the recording `name`; `read` and tools.recorder call this.
 
     Raises ValueError for missing facts, or rows that are not a list of dicts.
     """
@@ -48,7 +48,7 @@ def check(name, recording) -> None:
     if missing:
         raise ValueError(
             f"{where}: facts lack {', '.join(missing)}: "
-            "take them from tools.recordings.facts()"
+            "take them from tools.recorder.facts()"
         )
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{where}: rows must be a list of dicts, one per measurement")

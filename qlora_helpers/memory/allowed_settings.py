@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from qlora_helpers.env import check_whole
-from qlora_helpers.models.shapes import llama_config, projections
+from qlora_helpers.models.shapes import PROJECTIONS
 
 TABLES = tomllib.loads(
     Path(__file__).with_name("settings.toml").read_text(encoding="utf-8")
@@ -98,11 +98,11 @@ def targets_of(lora_config) -> tuple:
         raise ValueError(
             f"lora_config.lora_dropout is {dropout!r}: give a share from 0 to below 1"
         )
-    known = [*projections(llama_config("tiny"))]
     wanted = lora_config.target_modules
-    wanted = known if wanted == "all-linear" else wanted
-    if not wanted or isinstance(wanted, str) or set(wanted) - set(known):
+    wanted = PROJECTIONS if wanted == "all-linear" else wanted
+    if not wanted or isinstance(wanted, str) or set(wanted) - set(PROJECTIONS):
         raise ValueError(
-            f"target_modules is {wanted!r}, expected 'all-linear' or names of {known}"
+            f"target_modules is {wanted!r}, expected 'all-linear' or names of "
+            f"{PROJECTIONS}"
         )
-    return tuple(name for name in known if name in wanted)
+    return tuple(name for name in PROJECTIONS if name in wanted)

@@ -14,7 +14,7 @@ from qlora_helpers.memory.allowed_settings import (
     same_quantization,
     targets_of,
 )
-from qlora_helpers.models.shapes import projections
+from qlora_helpers.models.shapes import PROJECTIONS
 
 # From 1.15 on TRL's loss never makes all logits at once; the formulas are of this one,
 # with transformers 5.17 and PEFT 0.21 beside it.
@@ -191,7 +191,7 @@ def of_recipe(config, method: str, rows: int, length: int, kind: str) -> Plan:
         config=config,
         four_bit=method == "qlora",
         double=method == "qlora",
-        targets=() if full else tuple(projections(config)),
+        targets=() if full else tuple(PROJECTIONS),
         r=0 if full else RANK,
         dropout=False,
         rows=rows,
