@@ -523,7 +523,7 @@ def test_a_saved_adapter_is_trained_further(saved, tmp_path):
     again = adapters.save_adapter(goes_on.model, tokenizer, saved, BASE)
     loaded = adapters.load_adapter(base_model(), again, BASE).eval()
     # accelerate leaves the trainer's model in it
-    with score.answers._as_trained(loaded):
+    with score.generate._as_trained(loaded):
         again = logits(loaded).float()
     assert torch.equal(again, logits(goes_on.model.eval()).float())
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -16,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_helpers import records, score, sql
+from qlora_helpers import env, records, score, sql
+from qlora_helpers.models.load import never_repack
 from qlora_helpers.score import (
     bootstrap_interval,
     generate_answers,
@@ -163,11 +165,65 @@ def parrot():
 PROMPTS = [f"{question}<answer>" for question in LESSONS]
 
 
+@pytest.fixture(scope="module")
+def nf4_parrot(parrot, tmp_path_factory):
+    """The same Llama, its layers in NF4."""
+    model, tokenizer = parrot
+    folder = tmp_path_factory.mktemp("parrot")
+    model.save_pretrained(folder)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    quantized = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=nf4, device_map="cpu"
+    )
+    never_repack(quantized)
+    return quantized, tokenizer
+
+
 def test_batches_answer_like_one_at_a_time_and_in_order(parrot):
     expected = [(sql, True) for sql in LESSONS.values()]
     for batch_size in (1, 2, 5):
         assert generate_answers(*parrot, PROMPTS, batch_size) == expected
     assert generate_answers(*parrot, PROMPTS[::-1], 3) == expected[::-1]
+
+
+def test_prompts_that_begin_alike_answer_as_alone(parrot):
+    alike = [
+        "all names<answer>",
+        "all name<answer>",
+        "all<answer>",
+        "all names<answer>",
+    ]
+    alone = [generate_answers(*parrot, [prompt])[0] for prompt in alike]
+    assert generate_answers(*parrot, alike) == alone
+    assert len({text for text, _ in alone}) > 1
+
+
+def test_judging_leaves_the_layers_as_they_were_even_interrupted(nf4_parrot):
+    model, tokenizer = nf4_parrot
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    before = generate_answers(model, tokenizer, PROMPTS)
+    inputs = torch.ones(2, 64)
+    for layer in layers[:4]:
+        expected = layer(inputs)
+        with score.judging(model):
+            assert torch.equal(layer(inputs), expected)
+            assert "forward" in vars(layer)
+    with pytest.raises(KeyboardInterrupt), score.judging(model):
+        raise KeyboardInterrupt
+    assert layers and not any("forward" in vars(layer) for layer in layers)
+    assert generate_answers(model, tokenizer, PROMPTS) == before
+
+
+def test_4_bit_layers_stay_4_bit_where_memory_is_short(nf4_parrot, monkeypatch):
+    model, tokenizer = nf4_parrot
+    expected = generate_answers(model, tokenizer, PROMPTS)
+    monkeypatch.setattr(env, "total_ram_gib", lambda: 1e-6)
+    with score.judging(model):
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert generate_answers(model, tokenizer, PROMPTS) == expected
 
 
 def test_generating_leaves_model_and_tokenizer_as_they_were(parrot):
@@ -369,8 +425,9 @@ def test_databases_that_are_not_open_are_refused(wrong, database):
 def test_ask_shows_sql_and_rows(parrot, database, asked):
     answer = score.ask("all names", *parrot, database, system=None)
     assert answer.rows == [("Vega",), ("Deneb",), ("Altair",), ("dark",)]
-    assert repr(answer).splitlines() == [
-        "SELECT name FROM star", "name", "------", "Vega", "Deneb", "Altair", "dark",
+    shown = [line.strip() for line in repr(answer).splitlines()]
+    assert shown == [
+        "SELECT name FROM star", "name", "Vega", "Deneb", "Altair", "dark",
     ]  # fmt: skip
     refused = score.ask("drop", *parrot, database, system=None)
     assert repr(refused).startswith("DROP TABLE star\nerror: only a query may run")
@@ -398,10 +455,10 @@ def test_the_system_message_can_be_another(parrot, database):
 def test_an_answer_shows_ten_rows_and_says_how_many_more():
     rows = [(i, None) for i in range(13)]
     shown = repr(score.Answer("SELECT 1", ["id", "x"], rows, None)).splitlines()
-    assert shown[1:4] == ["id | x", "-- | ----", "0  | NULL"]
-    assert len(shown) == 14 and shown[-1] == "... 3 more rows"
+    assert [line.split() for line in shown[1:3]] == [["id", "x"], ["0", "NULL"]]
+    assert len(shown) == 13 and shown[-1] == "... 3 more rows"
     empty = repr(score.Answer("SELECT 1", ["id"], [], None))
-    assert empty.splitlines() == ["SELECT 1", "id", "--"]
+    assert empty.splitlines() == ["SELECT 1", "no rows"]
 
 
 def test_perplexity_is_the_models_own_loss(parrot):

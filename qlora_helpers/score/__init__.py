@@ -1,18 +1,19 @@
 """Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
 
-from qlora_helpers.score.answers import (
+from qlora_helpers.score.generate import (
     MAX_NEW_TOKENS,
-    Answer,
-    answer_logits,
-    ask,
     generate_answers,
     generation_speed,
+    judging,
 )
 from qlora_helpers.score.intervals import Interval, bootstrap_interval, paired_interval
 from qlora_helpers.score.judged import (
     Accuracy,
+    Answer,
     Divergence,
     Perplexity,
+    answer_logits,
+    ask,
     divergence,
     execution_accuracy,
     perplexity,
@@ -32,6 +33,7 @@ __all__ = [
     "execution_accuracy",
     "generate_answers",
     "generation_speed",
+    "judging",
     "paired_interval",
     "perplexity",
 ]

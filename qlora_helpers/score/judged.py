@@ -1,16 +1,39 @@
-"""Judge a model: execution accuracy, perplexity, and its distance to another."""
+"""Ask and judge a model: accuracy, perplexity, and its distance to another."""
 
 import math
 from typing import NamedTuple
 
+import pandas
 import torch
 from tqdm.auto import tqdm
 
 from qlora_helpers import records as task
 from qlora_helpers.env import check_whole
-from qlora_helpers.score.answers import _as_trained, _checked, generate_answers
+from qlora_helpers.score.generate import generate_answers, judging
 from qlora_helpers.score.intervals import bootstrap_interval
-from qlora_helpers.sql import check_databases, extract_sql, judge
+from qlora_helpers.sql import check_databases, extract_sql, judge, run_sql
+
+ROWS_SHOWN = 10  # of an answer
+
+
+class Answer(NamedTuple):
+    """A model's SQL for one question, and what the database says to it."""
+
+    sql: str
+    columns: list
+    rows: list
+    error: str | None
+
+    def __repr__(self):
+        if self.error:
+            return f"{self.sql}\nerror: {self.error}"
+        if not self.rows:
+            return f"{self.sql}\nno rows"
+        rows = pandas.DataFrame(self.rows, columns=self.columns, dtype=object)
+        rows = rows.where(rows.notna(), "NULL")
+        shown = rows[:ROWS_SHOWN].to_string(index=False)
+        more = len(rows) - ROWS_SHOWN
+        return f"{self.sql}\n{shown}" + (f"\n... {more} more rows" if more > 0 else "")
 
 
 class Accuracy(NamedTuple):
@@ -51,6 +74,26 @@ class Divergence(NamedTuple):
     error: float  # norm of the difference of the logits, by the reference's norm
 
 
+def ask(question, model, tokenizer, database, *, system):
+    """Put one question in English to the model and run the SQL that it writes.
+
+    `system` is the system message, None for none. Returns an Answer: SQL and rows.
+    """
+    check_databases([database])
+    prompt = task.prompt({"instruction": question, "input": ""}, tokenizer, system)
+    [(text, _)] = generate_answers(model, tokenizer, [prompt])
+    sql = extract_sql(text)
+    return Answer(sql, *run_sql(sql, database))
+
+
+def checked(records) -> list[dict]:
+    """The records as a list, after `records.check` of each."""
+    records = task.as_list(records)
+    for row, record in enumerate(records):
+        task.check_record(record, row)
+    return records
+
+
 def execution_accuracy(model, tokenizer, records, databases, *, system, batch_size=64):
     """Ask the model every record's question, run its SQL, compare with the gold.
 
@@ -61,7 +104,7 @@ def execution_accuracy(model, tokenizer, records, databases, *, system, batch_si
     judged and TypeError for databases that are not open.
     """
     check_databases(databases)
-    records = _checked(records)
+    records = checked(records)
     for record in records:
         judge(record["output"], record, databases)  # raises where it cannot judge
     prompts = [task.prompt(record, tokenizer, system) for record in records]
@@ -79,6 +122,27 @@ def execution_accuracy(model, tokenizer, records, databases, *, system, batch_si
     return Accuracy(mean, low, high, len(rows), stopped, rows)
 
 
+def answer_logits(model, tokenizer, records, *, system):
+    """The logits with which a model meets each token of the gold answers.
+
+    `system` is the system message of every prompt; None means no message. Returns
+    (tokens, vocabulary), fp32, on the CPU: the rows of one record after another, each
+    ending with the end token's row. Raises ValueError for a bad record, or for none.
+    """
+    records, kept = checked(records), []
+    with judging(model):
+        for record in records:
+            asked = task.prompt(record, tokenizer, system)
+            before = len(task.context_ids(asked, tokenizer))
+            whole = task.whole_ids(record, tokenizer, system)
+            if tokenizer.eos_token_id in whole[before:]:  # what follows is unscored
+                whole = whole[: whole.index(tokenizer.eos_token_id, before)]
+            ids = torch.tensor([whole]).to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            kept.append(logits[before - 1 :].float().cpu())
+    return torch.cat(kept)
+
+
 def divergence(logits, reference) -> Divergence:
     """Compare two results of `answer_logits`, row by row: KL and logit error.
 
@@ -89,8 +153,10 @@ def divergence(logits, reference) -> Divergence:
             f"logits are {tuple(logits.shape)}, the reference's "
             f"{tuple(reference.shape)}: take both from the same records"
         )
-    wanted, given = reference.log_softmax(-1), logits.log_softmax(-1)
-    kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
+    kl = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), reference.log_softmax(-1),
+        reduction="batchmean", log_target=True,
+    ).item()  # fmt: skip
     error = ((logits - reference).norm() / reference.norm()).item()
     return Divergence(kl, error)
 
@@ -109,20 +175,14 @@ def perplexity(model, tokenizer, text, block=256):
     if block < 1:
         raise ValueError(f"expected a text of two tokens or more, got {len(ids)}")
     front = task.leading_ids(tokenizer)
-    was_training, nll = model.training, []
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
-                # block + 1 tokens: the first is context, all others are scored
-                piece = torch.tensor([front + ids[start : start + block + 1]])
-                piece = piece.to(model.device)
-                with _as_trained(model):
-                    logits = model(input_ids=piece[:, :-1], use_cache=False).logits[0]
-                logits, scored = logits[-block:].float(), piece[0, -block:]
-                loss = torch.nn.functional.cross_entropy(logits, scored)
-                nll.append(loss.item())
-    finally:
-        model.train(was_training)
+    nll = []
+    with judging(model):
+        for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
+            # block + 1 tokens: the first is context, all others are scored
+            piece = torch.tensor([front + ids[start : start + block + 1]])
+            piece = piece.to(model.device)
+            logits = model(input_ids=piece[:, :-1], use_cache=False).logits[0]
+            logits, scored = logits[-block:].float(), piece[0, -block:]
+            nll.append(torch.nn.functional.cross_entropy(logits, scored).item())
     value, low, high = (math.exp(nats) for nats in bootstrap_interval(nll))
     return Perplexity(value, low, high, block * len(nll), nll)
