@@ -17,19 +17,3 @@ from qlora_helpers.adapters.save_load import (
     load_adapter,
     save_adapter,
 )
-
-__all__ = [
-    "CONFIG",
-    "NOTE",
-    "PICKLES",
-    "WEIGHTS",
-    "adopt",
-    "base_of",
-    "check_adapter",
-    "check_place",
-    "check_whole",
-    "load_adapter",
-    "save_adapter",
-    "tensor_names",
-    "token_rows",
-]

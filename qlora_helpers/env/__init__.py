@@ -33,25 +33,3 @@ except ModuleNotFoundError as error:
         "this Python",
         name=error.name,
     ) from error
-
-__all__ = [
-    "GIB",
-    "QUIET",
-    "ROOT",
-    "TESTED",
-    "UNGATED",
-    "Profile",
-    "cache_dir",
-    "check_gib",
-    "check_whole",
-    "keep_freed_memory",
-    "path",
-    "profile",
-    "profile_of",
-    "quiet",
-    "return_freed_memory",
-    "setup",
-    "total_ram_gib",
-    "version_tuple",
-    "versions",
-]

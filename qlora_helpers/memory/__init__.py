@@ -14,21 +14,3 @@ from qlora_helpers.memory.measuring import (
 )
 from qlora_helpers.memory.planned_run import FUSED_LOSS, Extras
 from qlora_helpers.memory.prediction import Prediction, predict
-
-__all__ = [
-    "FUSED_LOSS",
-    "Extras",
-    "Ledger",
-    "Prediction",
-    "hold_to",
-    "longest_row",
-    "may_take",
-    "measure",
-    "peak",
-    "predict",
-    "private_peak",
-    "state_bytes",
-    "stored_tensors",
-    "tensor_bytes",
-    "will_it_fit",
-]

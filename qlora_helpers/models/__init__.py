@@ -21,22 +21,3 @@ from qlora_helpers.models.sources import (
     base_folder,
     base_identity,
 )
-
-__all__ = [
-    "EMBEDDED",
-    "KNOWN_MODELS",
-    "PROJECTIONS",
-    "SHAPES",
-    "UNGATED",
-    "base_folder",
-    "base_identity",
-    "choose_attention",
-    "config_of",
-    "embedded_dir",
-    "llama_config",
-    "load_base",
-    "projections",
-    "random_llama",
-    "repeats_keys_and_values",
-    "skeleton",
-]

@@ -18,22 +18,3 @@ from qlora_helpers.records.prompts import (
     to_prompt_completion,
     whole_ids,
 )
-
-__all__ = [
-    "COLUMNS",
-    "MAX_LENGTH",
-    "SPLITS",
-    "SYSTEM",
-    "adds_special_tokens",
-    "alpaca_layout",
-    "as_list",
-    "check_record",
-    "context_ids",
-    "database_scripts",
-    "leading_ids",
-    "load",
-    "messages",
-    "prompt",
-    "to_prompt_completion",
-    "whole_ids",
-]

@@ -18,22 +18,3 @@ from qlora_helpers.score.judged import (
     execution_accuracy,
     perplexity,
 )
-
-__all__ = [
-    "MAX_NEW_TOKENS",
-    "Accuracy",
-    "Answer",
-    "Divergence",
-    "Interval",
-    "Perplexity",
-    "answer_logits",
-    "ask",
-    "bootstrap_interval",
-    "divergence",
-    "execution_accuracy",
-    "generate_answers",
-    "generation_speed",
-    "judging",
-    "paired_interval",
-    "perplexity",
-]

@@ -13,18 +13,3 @@ from qlora_helpers.train.recipe import (
     nf4_config,
     sft_config,
 )
-
-__all__ = [
-    "CHECKPOINTING",
-    "PROJECTIONS",
-    "LiveLoss",
-    "build_trainer",
-    "check_effective",
-    "check_given",
-    "check_numbers",
-    "configs",
-    "lora_config",
-    "nf4_config",
-    "optimizer_name",
-    "sft_config",
-]

@@ -22,24 +22,3 @@ from qlora_helpers.lesson.exercises.weights import (
     check_nf3,
     check_surviving_share,
 )
-
-__all__ = [
-    "check_adapter_gradients",
-    "check_bits_per_weight",
-    "check_dropout",
-    "check_first_rank",
-    "check_gain",
-    "check_held_bytes",
-    "check_layer_bytes",
-    "check_learning_rate",
-    "check_long_haul",
-    "check_lora_parameters",
-    "check_loss_mask",
-    "check_managed_bytes",
-    "check_merged_at",
-    "check_nf3",
-    "check_on_paper",
-    "check_prompt",
-    "check_surviving_share",
-    "check_tokens_until",
-]
