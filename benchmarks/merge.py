@@ -41,9 +41,11 @@ def stored(weight, kind):
 class Study:
     """A trained 4-bit model and its 16-bit base, on which many merges are tried."""
 
-    def __init__(self, trained, plain, tokenizer, questions):
+    def __init__(self, trained, plain, tokenizer, questions=()):
+        """questions: those that are answered and judged, or none."""
         self.trained, self.plain, self.tokenizer = trained, plain, tokenizer
-        self.questions, self.few = questions, questions[:24]
+        self.questions = questions
+        self.compared = list(questions or records.load("phrasing"))[:24]  # by logits
         self.parts = {}  # name: 16-bit base, 4-bit base, adapter's change
         for name, layer in trained.named_modules():
             if hasattr(layer, "lora_A"):
@@ -64,7 +66,7 @@ class Study:
     def judge(self, model):
         """Accuracy where there are questions to answer, else None, and the logits."""
         right = None
-        if self.questions is not self.few:
+        if self.questions:
             right = score.execution_accuracy(
                 model,
                 self.tokenizer,
@@ -73,7 +75,7 @@ class Study:
                 system=records.SYSTEM,
             )
         return right, score.answer_logits(
-            model, self.tokenizer, self.few, system=records.SYSTEM
+            model, self.tokenizer, self.compared, system=records.SYSTEM
         )
 
     def row(self, facts, right, logits=None):
@@ -171,9 +173,7 @@ def study_random(shape):
     settings = common.settings_of(FEW_STEPS, rate=RATE)
     trained = trained_here(base, tokenizer, settings)
     plain = models.random_llama(shape)  # the same seed, so the same weights
-    questions = records.load("phrasing")[:24]
-    study = Study(trained, plain, tokenizer, questions)
-    study.few = questions
+    study = Study(trained, plain, tokenizer)
     yield from study.rows(f"{shape}, random weights", (BF16, NF4))
 
 

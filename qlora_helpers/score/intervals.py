@@ -36,6 +36,7 @@ def bootstrap_interval(values, confidence=0.95, seed=0):
         return Interval(mean, 0.0, unseen)
     if (values == 1).all():
         return Interval(mean, 1 - unseen, 1.0)
+    # scipy.stats.bootstrap refuses a single value, which a text of one block gives.
     rng = np.random.default_rng(seed)
     chosen = rng.integers(values.size, size=(RESAMPLES, values.size))
     low, high = np.quantile(values[chosen].mean(axis=1), [tail, 1 - tail])
