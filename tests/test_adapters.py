@@ -93,20 +93,10 @@ def test_equal_weights_are_the_same_base_whatever_they_are_called(saved, key):
     adapters.load_adapter(base_model(), saved, BASE | {key: "other"})
 
 
-@pytest.mark.parametrize("key", ["name", "revision"])
-def test_where_no_hash_was_saved_name_and_revision_decide(saved, key):
-    old = json.loads((saved / "base.json").read_text("utf-8"))
-    del old["tensors_sha256"]
-    (saved / "base.json").write_text(json.dumps(old), "utf-8")
-    adapters.check_adapter(saved, BASE)
-    with pytest.raises(ValueError, match=f"another base: {key} is"):
-        adapters.check_adapter(saved, BASE | {key: "other"})
-
-
 def test_another_quantization_is_refused_before_a_model_is_loaded(saved):
     adapters.check_adapter(saved, BASE, train.nf4_config(env.profile()))
     other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    with pytest.raises(ValueError, match="trained with bnb_4bit_use_double_quant=True"):
+    with pytest.raises(ValueError, match="bnb_4bit_use_double_quant is True"):
         adapters.check_adapter(saved, BASE, other)
 
 
@@ -443,7 +433,7 @@ def test_an_adapter_loads_onto_the_base_it_was_trained_on(saved, given):
     note["quantization"] = config.to_diff_dict()
     (saved / "base.json").write_text(json.dumps(note, default=str), "utf-8")
     adapters.check_adapter(saved, BASE, config)
-    with pytest.raises(ValueError, match="was trained with "):
+    with pytest.raises(ValueError, match="trained on another base: .* quantized as "):
         adapters.check_adapter(saved, BASE, train.nf4_config(env.profile()))
 
 
@@ -483,7 +473,7 @@ def test_an_adapter_of_an_older_version_is_adopted_too(saved):
     """Its note has a hash of the file, which proves nothing of a local base."""
     old = {"name": "tiny", "revision": None, "weights_sha256": "0" * 64}
     (saved / "base.json").write_text(json.dumps(old | {"quantization": None}), "utf-8")
-    with pytest.raises(ValueError, match="has neither a hash nor a revision .*adopt"):
+    with pytest.raises(ValueError, match="with a hash of its base.*adopt"):
         adapters.check_adapter(saved, BASE)
     adapters.adopt(saved, BASE, train.nf4_config(env.profile()))
     adapters.check_adapter(saved, BASE, train.nf4_config(env.profile()))
@@ -494,7 +484,7 @@ def test_rows_that_peft_saved_beside_the_adapter_are_named(model, tmp_path):
     adapters.adopt(
         tmp_path / "a", BASE | {"name": "a"}, train.nf4_config(env.profile())
     )
-    said = "also holds .*(embed_tokens|lm_head).*without it"
+    said = "28 of the 28 .*(embed_tokens|lm_head).* without others"
     with pytest.raises(ValueError, match=said):
         adapters.load_adapter(base_model(), tmp_path / "a", BASE)
 
@@ -537,7 +527,7 @@ def test_an_adapter_with_a_name_of_its_own_is_saved_as_one_folder(two, tmp_path)
 
 
 def test_a_name_is_given_once(two, saved):
-    with pytest.raises(ValueError, match="already has an adapter 'other'"):
+    with pytest.raises(ValueError, match="already has an adapter .*'other'"):
         adapters.load_adapter(two, saved, BASE, "other")
 
 
@@ -571,7 +561,7 @@ def grown(saved_rows, tied=True):
 @pytest.mark.parametrize("saved_rows", [None, ["embed_tokens"], ["lm_head"]])
 def test_rows_of_added_tokens_that_would_be_lost_are_refused(saved_rows, tmp_path):
     model, tokenizer = grown(saved_rows)
-    said = "rows for 49,152 tokens, but 49,153 are needed: .* would be lost"
+    said = "rows for 49,152 tokens, but 49,153 are needed.* would be lost"
     with pytest.raises(ValueError, match=said):
         adapters.save_adapter(model, tokenizer, tmp_path / "adapter", BASE)
     with pytest.raises(ValueError, match=said):  # the rows have grown all the same
@@ -694,6 +684,6 @@ def test_a_refused_adapter_leaves_the_base_as_it_was(model, saved, tmp_path):
 def test_a_base_that_carries_an_adapter_already_is_refused(model, saved):
     base = base_model()
     loaded = adapters.load_adapter(base, saved, BASE).eval()
-    with pytest.raises(ValueError, match="already carries adapter layers"):
+    with pytest.raises(ValueError, match="already has an adapter"):
         adapters.load_adapter(base, saved, BASE)
     assert torch.equal(logits(loaded), logits(model))  # the first one still works
