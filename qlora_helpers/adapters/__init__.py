@@ -12,7 +12,6 @@ from qlora_helpers.adapters.checks import (
     token_rows,
 )
 from qlora_helpers.adapters.save_load import (
-    adopt,
     check_place,
     load_adapter,
     save_adapter,
@@ -23,7 +22,6 @@ __all__ = [
     "NOTE",
     "PICKLES",
     "WEIGHTS",
-    "adopt",
     "base_of",
     "check_adapter",
     "check_place",

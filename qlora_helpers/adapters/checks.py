@@ -10,24 +10,9 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 NOTE = "base.json"  # says what the adapter was trained on
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-# of a base's BitsAndBytesConfig: must be equal
-QUANTIZED = (
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-)
+# of a BitsAndBytesConfig: must be equal
+QUANTIZED = "load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant"
 ROWS = (".embed_tokens.weight", ".lm_head.weight")  # they have a row for each token
-
-
-def config_of(folder: Path) -> dict:
-    """An adapter's config. Raises FileNotFoundError if the folder holds no adapter."""
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(
-            f"{folder} lacks {CONFIG}, so it is not an adapter: give a folder that "
-            "save_adapter wrote"
-        )
-    return read_json(folder / CONFIG, "peft_type")
 
 
 def base_of(folder) -> dict:
@@ -37,17 +22,24 @@ def base_of(folder) -> dict:
     not say what it was trained on.
     """
     folder = Path(folder).expanduser()
-    named = config_of(folder).get("base_model_name_or_path")
+    named = _config(folder).get("base_model_name_or_path")
     note = read_json(folder / NOTE, "name") if (folder / NOTE).exists() else {}
     if "tensors_sha256" not in note:
         raise ValueError(
             f"the adapter in {folder} was not saved by save_adapter (it has no {NOTE} "
-            f"with a hash of its base): if its base is {named!r}, state that once with "
-            f"adapters.adopt({str(folder)!r}, models.base_identity({named!r}), "
-            "quantization), where quantization is the BitsAndBytesConfig that it was "
-            "trained with, or None"
+            f"with a hash of its base): put it on its base, which its config calls "
+            f"{named!r}, with PeftModel.from_pretrained, and save it with save_adapter"
         )
     return note
+
+
+def _config(folder: Path) -> dict:
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{folder} lacks {CONFIG}, so it is not an adapter: give a folder that "
+            "save_adapter wrote"
+        )
+    return read_json(folder / CONFIG, "peft_type")
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -55,7 +47,7 @@ def tensor_names(folder: Path) -> set[str]:
 
     Raises FileNotFoundError or ValueError for an adapter that is not complete.
     """
-    config_of(folder)
+    _config(folder)
     if not (folder / WEIGHTS).exists():
         pickles = [file for file in folder.iterdir() if file.suffix in PICKLES]
         if pickles:
@@ -90,7 +82,7 @@ def check_adapter(folder, base: dict, quantization=None) -> set[str]:
     compared = {"tensors_sha256": hashes}
     if quantization is not None and trained_on.get("quantization"):
         saved = BitsAndBytesConfig(**trained_on["quantization"])  # adds the defaults
-        for key in QUANTIZED:
+        for key in QUANTIZED.split():
             compared[key] = getattr(saved, key), getattr(quantization, key, None)
     for key, (there, here) in compared.items():
         if there != here:

@@ -1,11 +1,8 @@
 """Adapters on disk: saved whole, and loaded only onto their own base."""
 
 import copy
-import json
-import warnings
 from pathlib import Path
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,26 +17,22 @@ from qlora_helpers.adapters.checks import (
     check_identity,
     check_rows,
     check_whole,
-    config_of,
     saved_rows,
-    tensor_names,
 )
-from qlora_helpers.model_files import read_json, write_whole
 from qlora_helpers.models.load import nested
 
 
-def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
+def save_adapter(model, tokenizer, folder, base: dict) -> Path:
     """Save the active adapter with its tokenizer, its card and a note on its base.
 
     `base` is `models.base_identity(name)`; PEFT by itself would store a path of this
     machine. (If the base is not a Hub id, PEFT's AutoPeftModelForCausalLM cannot open
     the folder: load the base, then call `load_adapter`.) `tokenizer`: None if it is the
-    base's. `dtype`: to store the adapter in; by default its own. An adapter that was
-    saved there before is replaced as a whole, never in part.
+    base's. An adapter that was saved there before is replaced whole, never in part.
 
     Raises FileExistsError or PermissionError for a folder that holds anything else,
-    and ValueError where one folder cannot hold all: several adapters are active, tokens
-    were added without rows to save, or numbers are not finite.
+    and ValueError if several adapters are active, rows of added tokens would be lost or
+    a number is not finite.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -54,27 +47,21 @@ def save_adapter(model, tokenizer, folder, base: dict, dtype=None) -> Path:
             "one adapter: choose it with model.set_adapter(name)"
         )
     check_identity(base)
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"dtype is {dtype!r}: give torch.float32, bfloat16 or float16, or None for "
-            "the adapter's own"
-        )
     [name] = model.active_adapters
     quantization = getattr(model.config, "quantization_config", None)
-    with folders.written_whole(folder, NOTE, _note(base, quantization), {}) as made:
+    note = dict(base, quantization=quantization and quantization.to_diff_dict())
+    with folders.written_whole(folder, NOTE, note, {}) as made:
         # "auto" would look up the base's vocabulary on the Hub; `check_rows` is better
         tensors = get_peft_model_state_dict(
             model, adapter_name=name, save_embedding_layers=False
         )
-        for key, tensor in tensors.items():  # copied: safetensors refuses shared memory
-            kept = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
-            if not kept.isfinite().all():
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
                 raise ValueError(
-                    f"{key} holds NaN or infinity in {kept.dtype}: if the training "
-                    "diverged, train again with half the learning_rate; else leave "
-                    "dtype out"
+                    f"{key} holds NaN or infinity, because the training diverged: "
+                    "train again with half the learning_rate"
                 )
-            tensors[key] = kept
+            tensors[key] = tensor.contiguous().clone()  # or they could share memory
         save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
         config = copy.copy(model.peft_config[name])
         config.base_model_name_or_path = base["name"]
@@ -160,35 +147,3 @@ def _strip(base) -> None:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             base.set_submodule(path, module.original_module)
     vars(base).pop("peft_config", None)
-
-
-def adopt(folder, base: dict, quantization=None) -> None:
-    """State what an adapter of PEFT, TRL, Unsloth or LLaMA-Factory was trained on.
-
-    This writes its base.json, as `save_adapter` would. `base` is
-    `models.base_identity(name)`, `quantization` the BitsAndBytesConfig that it was
-    trained with, or None for a base in 16 bits. Nothing can check what you state.
-
-    Raises FileExistsError for an adapter that already has its base.json, and what
-    `check_adapter` raises for a folder that holds no adapter.
-    """
-    folder = Path(folder).expanduser()
-    check_identity(base)
-    note = folder / NOTE
-    if note.exists() and "tensors_sha256" in read_json(note, "name"):
-        raise FileExistsError(f"{folder} already has its {NOTE}: call load_adapter")
-    tensor_names(folder)
-    named = config_of(folder).get("base_model_name_or_path")
-    if base["name"] not in (named, Path(named or "").name):  # `named` can be a path
-        warnings.warn(
-            f"the adapter in {folder} names {named!r} as its base but is adopted for "
-            f"{base['name']!r}: make sure that both have the same weights",
-            stacklevel=2,
-        )
-    facts = _note(base, quantization) | {"adopted": True}
-    write_whole(note, json.dumps(facts, indent=1, default=str))
-
-
-def _note(base: dict, quantization) -> dict:
-    """What base.json says of a base."""
-    return dict(base, quantization=quantization and quantization.to_diff_dict())

@@ -11,8 +11,7 @@ from qlora_helpers import plots
 class LiveLoss(TrainerCallback):
     """A progress bar, and in a notebook the loss curve, drawn as it grows."""
 
-    def __init__(self, every: int = 10):
-        self.every = every  # losses between two drawings
+    def __init__(self):
         self.bar = self.picture = None
         self.losses = []  # the logged pairs (step, loss)
 
@@ -42,7 +41,7 @@ class LiveLoss(TrainerCallback):
             )
         self.losses.append((state.global_step, loss))
         self.bar.set_postfix(loss=f"{loss:.2f}")
-        if len(self.losses) % self.every == 0:
+        if len(self.losses) % 10 == 0:
             self.draw()
 
     def on_train_end(self, args, state, control, **kwargs):

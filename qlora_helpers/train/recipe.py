@@ -32,10 +32,7 @@ def nf4_config(profile: env.Profile) -> BitsAndBytesConfig:
 def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
     """Adapters of rank r on all seven projections, scaled by alpha / r."""
     return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules=PROJECTIONS,
-        task_type="CAUSAL_LM",
+        r=r, lora_alpha=alpha, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
     )
 
 
@@ -82,15 +79,10 @@ def sft_config(
 
 def check_numbers(steps, batch, learning_rate) -> None:
     """Raise ValueError for steps or batch below 1, or a rate that is not above 0."""
-    for name, value in {"steps": steps, "batch": batch}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"{name} is {value!r}, expected a whole number of at least 1"
-            )
+    env.check_whole("steps", steps)
+    env.check_whole("batch", batch)
     if not isinstance(learning_rate, int | float) or not learning_rate > 0:
-        raise ValueError(
-            f"learning_rate is {learning_rate!r}, expected a number above 0"
-        )
+        raise ValueError(f"learning_rate is {learning_rate!r}: give a number above 0")
 
 
 def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
@@ -115,11 +107,10 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
 
 
 def check_given(dataset, settings: SFTConfig) -> None:
-    """Check what a trainer is built from: one GPU, and rows that it can read.
+    """Raise RuntimeError for several GPUs and ValueError for rows TRL cannot read.
 
-    Raises RuntimeError if this process sees several GPUs (older versions of TRL would
-    silently take a batch for each of them), and ValueError for other rows than those of
-    `records.to_prompt_completion` or of tokens.
+    On several GPUs older versions of TRL would silently take a batch for each. Rows are
+    those of `records.to_prompt_completion` or tokens.
     """
     if settings.max_length is not None:
         env.check_whole("max_length", settings.max_length)
@@ -131,16 +122,13 @@ def check_given(dataset, settings: SFTConfig) -> None:
         )
     if not isinstance(dataset, Dataset) or not len(dataset):
         kind = "empty" if isinstance(dataset, Dataset) else type(dataset).__name__
-        raise ValueError(
-            f"the dataset is {kind}: expected the rows that "
-            "records.to_prompt_completion returns"
-        )
+        raise ValueError(f"the dataset is {kind}: {EXPECTED}")
     columns = dataset.column_names
     if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"the dataset has the columns {columns}, expected prompt and completion: "
-            "call records.to_prompt_completion first"
-        )
+        raise ValueError(f"the dataset has the columns {columns}: {EXPECTED}")
+
+
+EXPECTED = "give the prompts and completions that records.to_prompt_completion returns"
 
 
 def configs(config, method, batch, length, every=1, machine=None):
@@ -153,17 +141,12 @@ def configs(config, method, batch, length, every=1, machine=None):
     """
     check_method(method)
     machine = machine or env.profile_of("bf16")
-    settings = sft_config(machine, "never_written", 1, batch, 2e-4)
-    settings.max_length = length
-    details = {"use_reentrant": False} if every else None
-    if every > 1:
-        details["every_n_layers"] = every
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if hasattr(settings, name):  # the second is new in transformers 5.23
-            setattr(settings, name, every > 0)
-            setattr(settings, f"{name}_kwargs", details)
+    machine = machine._replace(checkpointing=every > 0)
     if method == "full":
-        settings.optim = FULL_OPTIMIZER
+        machine = machine._replace(optim=FULL_OPTIMIZER)
+    settings = sft_config(machine, "never_written", 1, batch, 2e-4, length)
+    if every > 1:  # SFTConfig keeps one dict under the old and the new name
+        getattr(settings, f"{CHECKPOINTING}_kwargs")["every_n_layers"] = every
     config = copy.deepcopy(config)
     config.dtype = machine.compute_dtype
     # a model that was loaded in 4 bits has its own; the recipe's is used instead
