@@ -346,7 +346,7 @@ def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeyp
 
 def test_a_loss_of_nan_stops_with_advice():
     live = train.LiveLoss()
-    live.bar = effective.tqdm(total=1, disable=True)
+    live.bar = live_loss.tqdm(total=1, disable=True)
     state = type("State", (), {"global_step": 3, "max_steps": 4})()
     with pytest.raises(FloatingPointError, match="step 3.*learning_rate"):
         live.on_log(None, state, None, logs={"loss": "nan"})

@@ -2,7 +2,6 @@
 
 from qlora_helpers.adapters.checks import (
     CONFIG,
-    NOTE,
     PICKLES,
     WEIGHTS,
     base_of,
@@ -19,7 +18,6 @@ from qlora_helpers.adapters.save_load import (
 
 __all__ = [
     "CONFIG",
-    "NOTE",
     "PICKLES",
     "WEIGHTS",
     "base_of",

@@ -43,9 +43,9 @@ def _config(folder: Path) -> dict:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The names of an adapter's tensors, from its file's header; no pickle is opened.
+    """The names of an adapter's tensors, from its file's header.
 
-    Raises FileNotFoundError or ValueError for an adapter that is not complete.
+    Raises FileNotFoundError or ValueError for a file that is missing, cut or a pickle.
     """
     _config(folder)
     if not (folder / WEIGHTS).exists():
@@ -70,16 +70,16 @@ def check_identity(base) -> None:
 def check_adapter(folder, base: dict, quantization=None) -> set[str]:
     """Check that an adapter is complete and fits `base`; return its tensors' names.
 
-    This needs no model. `base`: its `models.base_identity`. `quantization`: the model's
-    BitsAndBytesConfig, or None for a model in 16 bits, into which any adapter may be
-    merged. Raises what `load_adapter` raises.
+    `quantization`: the model's BitsAndBytesConfig; None for a model in 16 bits, which
+    takes any adapter of its base. Raises what `load_adapter` raises.
     """
     folder = Path(folder).expanduser()
     check_identity(base)
     trained_on = base_of(folder)
     names = tensor_names(folder)
-    hashes = trained_on["tensors_sha256"], base["tensors_sha256"]
-    compared = {"tensors_sha256": hashes}
+    compared = {
+        "tensors_sha256": (trained_on["tensors_sha256"], base["tensors_sha256"])
+    }
     if quantization is not None and trained_on.get("quantization"):
         saved = BitsAndBytesConfig(**trained_on["quantization"])  # adds the defaults
         for key in QUANTIZED.split():

@@ -24,14 +24,11 @@ from qlora_helpers.models.load import nested
 def save_adapter(model, tokenizer, folder, base: dict) -> Path:
     """Save the active adapter with its tokenizer, its card and a note on its base.
 
-    `base` is `models.base_identity(name)`; PEFT by itself would store a path of this
-    machine. (If the base is not a Hub id, PEFT's AutoPeftModelForCausalLM cannot open
-    the folder: load the base, then call `load_adapter`.) `tokenizer`: None if it is the
-    base's. An adapter that was saved there before is replaced whole, never in part.
-
-    Raises FileExistsError or PermissionError for a folder that holds anything else,
-    and ValueError if several adapters are active, rows of added tokens would be lost or
-    a number is not finite.
+    `base`: `models.base_identity(name)`; PEFT would store a path of this machine.
+    `tokenizer`: None if it is the base's. An older adapter there is replaced as a
+    whole. Raises FileExistsError or PermissionError for a folder that holds anything
+    else, and ValueError if several adapters are active, rows of added tokens would be
+    lost or a number is not finite.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -45,8 +42,8 @@ def save_adapter(model, tokenizer, folder, base: dict) -> Path:
             f"the adapters {model.active_adapters} are active, but one folder holds "
             "one adapter: choose it with model.set_adapter(name)"
         )
-    check_identity(base)
     [name] = model.active_adapters
+    check_identity(base)
     quantization = getattr(model.config, "quantization_config", None)
     note = dict(base, quantization=quantization and quantization.to_diff_dict())
     with folders.written_whole(folder, NOTE, note, {}) as made:
@@ -85,14 +82,12 @@ def load_adapter(
 ) -> PeftModel:
     """Return the model with the adapter of a folder that `save_adapter` wrote.
 
-    `base` is `models.base_identity` of the model's base. If the model already has
-    adapters, this one is added as `name` and is not made active. `trainable`: True to
-    train it further; otherwise it is frozen.
+    `base`: `models.base_identity` of the model's base. A model with adapters gets this
+    one as `name`, not active. `trainable`: True to train it further.
 
-    Raises FileNotFoundError or ValueError for a folder that holds no adapter, is
-    damaged or holds a pickle, and for an adapter of another base: PEFT would load it
-    without a warning, and it would answer nonsense. A tensor of another shape than the
-    config says is PEFT's RuntimeError.
+    Raises FileNotFoundError or ValueError for a folder that holds no whole adapter or
+    a pickle, and for an adapter of another base, which PEFT would load without a
+    warning; RuntimeError, PEFT's, for a tensor whose shape the config contradicts.
     """
     folder = Path(folder).expanduser()
     quantization = getattr(model.config, "quantization_config", None)

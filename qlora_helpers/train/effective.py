@@ -7,7 +7,6 @@ import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
@@ -18,12 +17,11 @@ from qlora_helpers.train.recipe import CHECKPOINTING
 
 
 def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
-    """Check the model's layers, the optimizer, the accelerator and the rows TRL made.
+    """Raise RuntimeError naming every setting that is not what the recipe asked for.
 
-    The arguments are not read, because they say only what was asked for. Checkpointing
-    is checked when training starts, because Trainer turns it on only then.
-
-    Raises RuntimeError naming every setting that is not what the recipe asked for.
+    This looks at the model's own layers, the optimizer, the accelerator and the rows
+    that TRL made, never at the arguments. Trainer turns on checkpointing only when
+    training starts, so that is checked then, before the first step.
     """
     model = trainer.model
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
@@ -46,13 +44,9 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         if found:
             raise RuntimeError(f"not as the recipe asked: {fault}")
     masked = check_rows(trainer)
-    plain = [  # of the output head and of the adapters themselves none is 4-bit
-        name
-        for name, module in modules.items()
-        if type(module) is torch.nn.Linear
-        and "lora_" not in name
-        and "lm_head" not in name
-    ]
+    plain = [name for name, m in modules.items() if type(m) is torch.nn.Linear]
+    # of the output head and of the adapters themselves none is 4-bit
+    plain = [name for name in plain if "lora_" not in name and "lm_head" not in name]
     # a mixture of experts stacks its matrices, and bitsandbytes skips such a stack
     plain += [name for name, parameter in parameters.items() if parameter.ndim > 2]
     given, built = trainer.optimizer, trainer.create_optimizer()
@@ -79,9 +73,8 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
     if wrong := [what for what, holds in effective.items() if not holds]:
         raise RuntimeError(
             f"not in effect, though the recipe asked for it: {'; '.join(wrong)} "
-            f"(there are {len(layers)} 4-bit and {len(plain)} other linear layers, the "
-            f"optimizer is {optimizer}, mixed precision is {precision}, attention is "
-            f"{attention})"
+            f"(found: {len(layers)} 4-bit and {len(plain)} other linear layers, "
+            f"{optimizer}, mixed precision {precision}, attention {attention})"
         )
     trainer.remove_callback(AtStart)
     trainer.add_callback(AtStart(profile.checkpointing))
@@ -106,9 +99,9 @@ def optimizer_name(optimizer) -> str:
 def check_rows(trainer: SFTTrainer) -> bool:
     """Return whether no row's prompt carries loss; print how many rows TRL kept.
 
-    Raises RuntimeError if a row is cut, is left out, does not fit the model or does not
-    teach the end token, or if the prompt's tokens in training differ from those of a
-    later question. Rows that were given as tokens have no prompt and no end to check.
+    Raises RuntimeError for rows that are cut, left out, do not fit the model, teach no
+    end token, or whose prompt has other tokens than a later question. Rows that were
+    given as tokens have no prompt and no end to check.
     """
     given, rows = getattr(trainer, "given", None), trainer.train_dataset
     model, tokenizer = trainer.model, trainer.processing_class
@@ -118,12 +111,12 @@ def check_rows(trainer: SFTTrainer) -> bool:
             "packing=False"
         )
     written = "prompt" in given.column_names  # else they are tokens
-    asked = tqdm(given["prompt"] if written else [], desc="checking prompts", delay=5)
+    asked = given["prompt"] if written else []
     prompts = {tuple(records.context_ids(prompt, tokenizer)) for prompt in asked}
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     limit, known = trainer.args.max_length, model.get_input_embeddings().weight.shape[0]
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
     count = Counter()
     for row in rows:
         ids = row["input_ids"]
@@ -137,15 +130,14 @@ def check_rows(trainer: SFTTrainer) -> bool:
             cut=written and not ended and len(ids) == limit,
             unmasked=not answer,
             other=written and answer and tuple(ids[:answer]) not in prompts,
-            long=len(ids) > (positions or math.inf),
+            long=len(ids) > positions,
             strange=max(ids) >= known,
         )
-    left_out = len(given) - len(rows)
+    kept, left_out = len(rows), len(given) - len(rows)
     if written:
         print(
-            f"rows: {len(rows):,} of {len(given):,} kept, {count['cut']:,} cut at "
-            f"{limit} tokens, {left_out:,} left out; {count['ended']:,} teach the end "
-            "token"
+            f"rows: {kept:,} of {len(given):,} kept, {count['cut']:,} cut at {limit} "
+            f"tokens, {left_out:,} left out; {count['ended']:,} teach the end token"
         )
     else:
         left_out = sum(len(ids) > (limit or math.inf) for ids in given["input_ids"])

@@ -1,7 +1,4 @@
-"""The QLoRA recipe on TRL's SFTTrainer, right on CPU, on a T4 and on a bf16 GPU.
-
-Notebook 06 writes the recipe out and explains each line.
-"""
+"""The QLoRA recipe on TRL's SFTTrainer, which notebook 06 explains line by line."""
 
 import copy
 
@@ -17,10 +14,7 @@ from qlora_helpers.train.live_loss import LiveLoss
 
 
 def nf4_config(profile: env.Profile) -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in the machine's dtype.
-
-    Source: QLoRA (Dettmers et al. 2023), section 3.
-    """
+    """NF4 with double quantization. Source: QLoRA (Dettmers et al. 2023), section 3."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",  # the default is "fp4"
@@ -50,8 +44,7 @@ def sft_config(
 ) -> SFTConfig:
     """TRL's settings for `steps` optimizer steps of `batch` records each.
 
-    `max_length`: the most tokens of a record, as in `records.to_prompt_completion`.
-    Raises what `check_numbers` raises.
+    `max_length`: the most tokens of a record. Raises what `check_numbers` raises.
     """
     check_numbers(steps, batch, learning_rate)
     return SFTConfig(
@@ -86,10 +79,7 @@ def check_numbers(steps, batch, learning_rate) -> None:
 
 
 def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
-    """An SFTTrainer whose adapters are fp32 on every kind of machine.
-
-    Raises what `check_given` raises.
-    """
+    """An SFTTrainer whose adapters are fp32. Raises what `check_given` raises."""
     check_given(dataset, settings)
     trainer = SFTTrainer(
         model=model,
@@ -109,16 +99,14 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
 def check_given(dataset, settings: SFTConfig) -> None:
     """Raise RuntimeError for several GPUs and ValueError for rows TRL cannot read.
 
-    On several GPUs older versions of TRL would silently take a batch for each. Rows are
-    those of `records.to_prompt_completion` or tokens.
+    Older versions of TRL would silently take a batch for each GPU.
     """
     if settings.max_length is not None:
         env.check_whole("max_length", settings.max_length)
     if settings.n_gpu > 1:
         raise RuntimeError(
             f"this process sees {settings.n_gpu} GPUs, but the recipe trains on one: "
-            "restart the kernel and run the set-up cell first, or set "
-            "CUDA_VISIBLE_DEVICES=0 before Python starts"
+            "restart and run the set-up cell first, or set CUDA_VISIBLE_DEVICES=0"
         )
     if not isinstance(dataset, Dataset) or not len(dataset):
         kind = "empty" if isinstance(dataset, Dataset) else type(dataset).__name__
@@ -134,10 +122,9 @@ EXPECTED = "give the prompts and completions that records.to_prompt_completion r
 def configs(config, method, batch, length, every=1, machine=None):
     """The recipe's four configs, as memory.predict takes them, for a plan.
 
-    config: a LlamaConfig. method: "qlora", "lora" (16-bit weights) or "full". batch:
-    rows; length: their tokens. every: 1 checkpoints each layer, 2 every second one, 0
-    none. machine: a Profile; by default that of a bf16 GPU. Raises ValueError for an
-    unknown method.
+    config: a LlamaConfig. method: "qlora", "lora" (16-bit weights) or "full", else
+    ValueError. batch: rows; length: their tokens. every: 1 checkpoints each layer, 2
+    every second one, 0 none. machine: a Profile; by default that of a bf16 GPU.
     """
     check_method(method)
     machine = machine or env.profile_of("bf16")
