@@ -106,7 +106,8 @@ def check_given(dataset, settings: SFTConfig) -> None:
     if settings.n_gpu > 1:
         raise RuntimeError(
             f"this process sees {settings.n_gpu} GPUs, but the recipe trains on one: "
-            "restart and run the set-up cell first, or set CUDA_VISIBLE_DEVICES=0"
+            "restart the kernel and run the set-up cell first, or set "
+            "CUDA_VISIBLE_DEVICES=0 before Python starts"
         )
     if not isinstance(dataset, Dataset) or not len(dataset):
         kind = "empty" if isinstance(dataset, Dataset) else type(dataset).__name__
@@ -133,7 +134,7 @@ def configs(config, method, batch, length, every=1, machine=None):
         machine = machine._replace(optim=FULL_OPTIMIZER)
     settings = sft_config(machine, "never_written", 1, batch, 2e-4, length)
     if every > 1:  # SFTConfig keeps one dict under the old and the new name
-        getattr(settings, f"{CHECKPOINTING}_kwargs")["every_n_layers"] = every
+        settings.activation_checkpointing_kwargs["every_n_layers"] = every
     config = copy.deepcopy(config)
     config.dtype = machine.compute_dtype
     # a model that was loaded in 4 bits has its own; the recipe's is used instead
