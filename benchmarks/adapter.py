@@ -47,12 +47,14 @@ def main(column: str = "late") -> None:
         accuracy[f"{test}_percent"] = [round(100 * value, 1) for value in judged[:3]]
     place = env.ROOT / "data" / FOLDER[column]
     (place / "training.json").unlink(missing_ok=True)  # written again below
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # half the bytes; more digits than bf16 has
+            parameter.data = parameter.data.to(torch.float16)
     saved = adapters.save_adapter(
         trainer.model,
         None,  # the base's tokenizer, unchanged
         place,
         models.base_identity(models.EMBEDDED),
-        dtype=torch.float16,  # half the bytes; more digits than bf16 has
     )
     facts = recorder.facts() | {
         "steps": common.STEPS,

@@ -132,12 +132,12 @@ def test_a_setting_changed_after_the_check_still_counts(trainer):
 @pytest.mark.parametrize(
     "steps, batch, rate, said",
     [
-        (0, 4, 1e-2, "steps is 0, expected a whole"),
-        (-1, 4, 1e-2, "steps is -1, expected a whole"),
-        (None, 4, 1e-2, "steps is None, expected a whole"),
-        (4, 2.5, 1e-2, "batch is 2.5, expected a whole"),
-        (4, 4, "2e-4", "learning_rate is '2e-4', expected a number above 0"),
-        (4, 4, 0, "learning_rate is 0, expected a number above 0"),
+        (0, 4, 1e-2, "steps is 0: give a whole"),
+        (-1, 4, 1e-2, "steps is -1: give a whole"),
+        (None, 4, 1e-2, "steps is None: give a whole"),
+        (4, 2.5, 1e-2, "batch is 2.5: give a whole"),
+        (4, 4, "2e-4", "learning_rate is '2e-4': give a number above 0"),
+        (4, 4, 0, "learning_rate is 0: give a number above 0"),
     ],
 )
 def test_numbers_that_train_nothing_are_refused(tmp_path, steps, batch, rate, said):
@@ -160,7 +160,7 @@ def test_rows_that_a_trainer_cannot_read_are_refused(model, tokenizer, tmp_path)
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
     raw = Dataset.from_list(records.load("values")[:4])
     for dataset, said in {
-        raw: r"has the columns .* call records.to_prompt_completion first",
+        raw: r"has the columns .*: give .* records.to_prompt_completion",
         raw.select([]): "the dataset is empty",
         raw.to_iterable_dataset(): "the dataset is IterableDataset",
     }.items():
@@ -239,7 +239,7 @@ def test_paged_8_bit_adamw_is_told_from_others():
         "adamw_torch_fused": torch.optim.AdamW(weight, fused=True),
         "SGD": torch.optim.SGD(weight),
     }
-    assert {name: train.optimizer_name(one) for name, one in names.items()} == {
+    assert {name: effective.optimizer_name(one) for name, one in names.items()} == {
         name: name for name in names
     }
 
@@ -309,7 +309,7 @@ def test_where_no_row_is_left_it_is_said(model, tokenizer, tmp_path):
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 2, 1e-2)
     dataset = rows(tokenizer, some, max_length=None)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
-    with pytest.raises(RuntimeError, match="all 4 prompts are longer than max_length"):
+    with pytest.raises(RuntimeError, match="4 of 4 rows are longer than max_length"):
         train.check_effective(trainer, env.profile())
 
 
@@ -335,7 +335,9 @@ def test_rows_that_teach_no_end_are_refused(trainer, tmp_path):
 def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeypatch):
     real = records.context_ids
     monkeypatch.setattr(records, "context_ids", lambda *given: [0, *real(*given)])
-    with pytest.raises(RuntimeError, match="row 0 is trained with .* prompt tokens"):
+    with pytest.raises(
+        RuntimeError, match="32 of 32 rows are trained with prompt tokens"
+    ):
         train.check_effective(trainer, env.profile())
 
 
@@ -344,7 +346,7 @@ def test_another_context_in_training_than_in_judging_is_refused(trainer, monkeyp
 
 def test_a_loss_of_nan_stops_with_advice():
     live = train.LiveLoss()
-    live.bar = effective.tqdm(total=1, disable=True)
+    live.bar = live_loss.tqdm(total=1, disable=True)
     state = type("State", (), {"global_step": 3, "max_steps": 4})()
     with pytest.raises(FloatingPointError, match="step 3.*learning_rate"):
         live.on_log(None, state, None, logs={"loss": "nan"})
@@ -553,7 +555,9 @@ def test_layers_without_an_adapter_are_counted(tokenizer, tmp_path, capsys):
 
 def test_rows_longer_than_the_model_was_made_for_are_refused(trainer):
     trainer.model.config.max_position_embeddings = 40
-    with pytest.raises(RuntimeError, match="but the model was made for 40: leave"):
+    with pytest.raises(
+        RuntimeError, match="32 of 32 rows are longer than the 40 tokens .* leave"
+    ):
         train.check_effective(trainer, env.profile())
 
 
@@ -563,7 +567,9 @@ def test_a_token_without_a_row_is_refused(model, tokenizer, tmp_path):
     some = [{"instruction": "Say it.", "input": "", "output": "<sql>"}] * 4
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
     trainer = train.build_trainer(model, own, rows(own, some), settings)
-    with pytest.raises(RuntimeError, match="token 49,152, but the model has rows for"):
+    with pytest.raises(
+        RuntimeError, match="4 of 4 rows hold a token from 49,152 on, for which"
+    ):
         train.check_effective(trainer, env.profile())
 
 

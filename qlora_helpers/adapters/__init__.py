@@ -2,7 +2,6 @@
 
 from qlora_helpers.adapters.checks import (
     CONFIG,
-    NOTE,
     PICKLES,
     WEIGHTS,
     base_of,
@@ -12,7 +11,6 @@ from qlora_helpers.adapters.checks import (
     token_rows,
 )
 from qlora_helpers.adapters.save_load import (
-    adopt,
     check_place,
     load_adapter,
     save_adapter,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import sdpa_attention
 
@@ -151,3 +152,13 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds no tokenizer ({', '.join(VOCABULARIES)}): save the "
             "tokenizer of the model there too"
         )
+
+
+def nested(model) -> str:
+    """Why a model that got adapters twice is refused; "" for any other model."""
+    if sum(isinstance(module, PeftModel) for module in model.modules()) < 2:
+        return ""
+    return (
+        "the model is a PeftModel within a PeftModel, because get_peft_model was "
+        "called twice: load the base again, and call get_peft_model once"
+    )

@@ -1,6 +1,7 @@
 """The loss curve, drawn while a model trains."""
 
 import math
+import statistics
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -11,8 +12,7 @@ from qlora_helpers import plots
 class LiveLoss(TrainerCallback):
     """A progress bar, and in a notebook the loss curve, drawn as it grows."""
 
-    def __init__(self, every: int = 10):
-        self.every = every  # losses between two drawings
+    def __init__(self):
         self.bar = self.picture = None
         self.losses = []  # the logged pairs (step, loss)
 
@@ -32,7 +32,7 @@ class LiveLoss(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
+        if "loss" not in logs:
             return
         loss = float(logs["loss"])
         if not math.isfinite(loss):
@@ -42,7 +42,7 @@ class LiveLoss(TrainerCallback):
             )
         self.losses.append((state.global_step, loss))
         self.bar.set_postfix(loss=f"{loss:.2f}")
-        if len(self.losses) % self.every == 0:
+        if len(self.losses) % 10 == 0:
             self.draw()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -61,16 +61,12 @@ class LiveLoss(TrainerCallback):
         fig, ax = plots.figure()
         ax.plot(steps, losses, marker="" if each and losses[1:] else "o")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_xlabel("step (no unit)")
-        ax.set_ylabel("loss (nat per token)")
-        ax.set_ylim(bottom=0)
+        ax.set(xlabel="step (no unit)", ylabel="loss (nat per token)", ylim=(0, None))
         since = "of each step" if each else "averaged since the point before"
         ax.set_title(f"Training loss {since}")
-        last = sum(losses[-10:]) / len(losses[-10:])
-        first = "the first step" if steps[0] == 1 else f"step {steps[0]}"
-        count = f"{len(losses)} {'steps' if each else 'points'}"
         alt = (
-            f"Training loss from {losses[0]:.1f} at {first} to "
-            f"{last:.2f} over the last ten of {count}"
+            f"Training loss from {losses[0]:.1f} at step {steps[0]} to "
+            f"{statistics.mean(losses[-10:]):.2f} over the last ten of {len(losses)} "
+            f"{'steps' if each else 'points'}"
         )
         self.picture = plots.redraw(fig, alt, self.picture)

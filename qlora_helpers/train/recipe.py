@@ -1,7 +1,4 @@
-"""The QLoRA recipe on TRL's SFTTrainer, right on CPU, on a T4 and on a bf16 GPU.
-
-Notebook 06 writes the recipe out and explains each line.
-"""
+"""The QLoRA recipe on TRL's SFTTrainer, which notebook 06 explains line by line."""
 
 import copy
 
@@ -17,10 +14,7 @@ from qlora_helpers.train.live_loss import LiveLoss
 
 
 def nf4_config(profile: env.Profile) -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in the machine's dtype.
-
-    Source: QLoRA (Dettmers et al. 2023), section 3.
-    """
+    """NF4 with double quantization. Source: QLoRA (Dettmers et al. 2023), section 3."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",  # the default is "fp4"
@@ -32,10 +26,7 @@ def nf4_config(profile: env.Profile) -> BitsAndBytesConfig:
 def lora_config(r: int = 16, alpha: int = 32) -> LoraConfig:
     """Adapters of rank r on all seven projections, scaled by alpha / r."""
     return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules=PROJECTIONS,
-        task_type="CAUSAL_LM",
+        r=r, lora_alpha=alpha, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
     )
 
 
@@ -53,8 +44,7 @@ def sft_config(
 ) -> SFTConfig:
     """TRL's settings for `steps` optimizer steps of `batch` records each.
 
-    `max_length`: the most tokens of a record, as in `records.to_prompt_completion`.
-    Raises what `check_numbers` raises.
+    `max_length`: the most tokens of a record. Raises what `check_numbers` raises.
     """
     check_numbers(steps, batch, learning_rate)
     return SFTConfig(
@@ -82,22 +72,14 @@ def sft_config(
 
 def check_numbers(steps, batch, learning_rate) -> None:
     """Raise ValueError for steps or batch below 1, or a rate that is not above 0."""
-    for name, value in {"steps": steps, "batch": batch}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"{name} is {value!r}, expected a whole number of at least 1"
-            )
+    env.check_whole("steps", steps)
+    env.check_whole("batch", batch)
     if not isinstance(learning_rate, int | float) or not learning_rate > 0:
-        raise ValueError(
-            f"learning_rate is {learning_rate!r}, expected a number above 0"
-        )
+        raise ValueError(f"learning_rate is {learning_rate!r}: give a number above 0")
 
 
 def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
-    """An SFTTrainer whose adapters are fp32 on every kind of machine.
-
-    Raises what `check_given` raises.
-    """
+    """An SFTTrainer whose adapters are fp32. Raises what `check_given` raises."""
     check_given(dataset, settings)
     trainer = SFTTrainer(
         model=model,
@@ -115,11 +97,9 @@ def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
 
 
 def check_given(dataset, settings: SFTConfig) -> None:
-    """Check what a trainer is built from: one GPU, and rows that it can read.
+    """Raise RuntimeError for several GPUs and ValueError for rows TRL cannot read.
 
-    Raises RuntimeError if this process sees several GPUs (older versions of TRL would
-    silently take a batch for each of them), and ValueError for other rows than those of
-    `records.to_prompt_completion` or of tokens.
+    Older versions of TRL would silently take a batch for each GPU.
     """
     if settings.max_length is not None:
         env.check_whole("max_length", settings.max_length)
@@ -131,39 +111,30 @@ def check_given(dataset, settings: SFTConfig) -> None:
         )
     if not isinstance(dataset, Dataset) or not len(dataset):
         kind = "empty" if isinstance(dataset, Dataset) else type(dataset).__name__
-        raise ValueError(
-            f"the dataset is {kind}: expected the rows that "
-            "records.to_prompt_completion returns"
-        )
+        raise ValueError(f"the dataset is {kind}: {EXPECTED}")
     columns = dataset.column_names
     if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"the dataset has the columns {columns}, expected prompt and completion: "
-            "call records.to_prompt_completion first"
-        )
+        raise ValueError(f"the dataset has the columns {columns}: {EXPECTED}")
+
+
+EXPECTED = "give the prompts and completions that records.to_prompt_completion returns"
 
 
 def configs(config, method, batch, length, every=1, machine=None):
     """The recipe's four configs, as memory.predict takes them, for a plan.
 
-    config: a LlamaConfig. method: "qlora", "lora" (16-bit weights) or "full". batch:
-    rows; length: their tokens. every: 1 checkpoints each layer, 2 every second one, 0
-    none. machine: a Profile; by default that of a bf16 GPU. Raises ValueError for an
-    unknown method.
+    config: a LlamaConfig. method: "qlora", "lora" (16-bit weights) or "full", else
+    ValueError. batch: rows; length: their tokens. every: 1 checkpoints each layer, 2
+    every second one, 0 none. machine: a Profile; by default that of a bf16 GPU.
     """
     check_method(method)
     machine = machine or env.profile_of("bf16")
-    settings = sft_config(machine, "never_written", 1, batch, 2e-4)
-    settings.max_length = length
-    details = {"use_reentrant": False} if every else None
-    if every > 1:
-        details["every_n_layers"] = every
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if hasattr(settings, name):  # the second is new in transformers 5.23
-            setattr(settings, name, every > 0)
-            setattr(settings, f"{name}_kwargs", details)
+    machine = machine._replace(checkpointing=every > 0)
     if method == "full":
-        settings.optim = FULL_OPTIMIZER
+        machine = machine._replace(optim=FULL_OPTIMIZER)
+    settings = sft_config(machine, "never_written", 1, batch, 2e-4, length)
+    if every > 1:  # SFTConfig keeps one dict under the old and the new name
+        settings.activation_checkpointing_kwargs["every_n_layers"] = every
     config = copy.deepcopy(config)
     config.dtype = machine.compute_dtype
     # a model that was loaded in 4 bits has its own; the recipe's is used instead
