@@ -7,6 +7,7 @@ import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
@@ -118,7 +119,7 @@ def check_rows(trainer: SFTTrainer) -> bool:
     limit, known = trainer.args.max_length, model.get_input_embeddings().weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", math.inf)
     count = Counter()
-    for row in rows:
+    for row in tqdm(rows, desc="checking rows", unit="row", delay=5):
         ids = row["input_ids"]
         labels = trainer.data_collator([dict(row)])["labels"][0].tolist()
         learned = [label for label in labels if label != -100]
