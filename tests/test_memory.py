@@ -30,6 +30,7 @@ from qlora_helpers.memory import (
     allowed_settings,
     byte_formulas,
     fit,
+    measuring,
     planned_run,
     prediction,
     rehearse,
@@ -204,7 +205,9 @@ def test_a_rehearsal_leaves_no_trace():
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("setting", planned_run.SIZES)
+@pytest.mark.parametrize(
+    "setting", allowed_settings.TABLES["LlamaConfig"]["whole"].split()
+)
 def test_a_size_that_is_no_whole_number_is_refused(setting):
     for value in (0, -8, 2.5):
         config = short("1B")
@@ -350,7 +353,7 @@ def test_weights_of_a_real_model_to_the_byte():
         on_cuda = memory.predict(
             base.config, nf4(double, dtype), lora(), sft(dtype=dtype)
         )
-        tensors = [t for p in base.parameters() for t in memory.stored_tensors(p)]
+        tensors = [t for p in base.parameters() for t in measuring.stored_tensors(p)]
         blocks = sum(-(-t.nbytes // 512) * 512 for t in tensors)  # torch's, on CUDA
         assert sum(on_cuda.weights.values()) == blocks > measured
 
@@ -635,18 +638,19 @@ def changed(config, setting):
     ("place", "kind", "setting"),
     [
         (place, kind, setting)
-        for place, kind in enumerate(allowed_settings.COUNTED)
+        for place, kind in enumerate(allowed_settings.TABLES)
         for setting in settings_of(kind)
     ],
 )
 def test_each_setting_is_counted_harmless_or_refused(place, kind, setting):
     """Also of a library that is newer than these tables."""
-    if setting in allowed_settings.COUNTED[kind]:
+    names = {how: text.split() for how, text in allowed_settings.TABLES[kind].items()}
+    if setting in names["counted"] + names["whole"]:
         return  # the tests above
     run = [short("1B"), *Q, sft()]
     before = memory.predict(*run)
     run[place] = changed(run[place], setting)
-    if setting in allowed_settings.HARMLESS[kind]:
+    if setting in names["harmless"]:
         assert memory.predict(*run) == before
         return
     with pytest.raises(ValueError, match=rf"_config\.{setting.lstrip('_')} is .*leave"):
@@ -662,8 +666,8 @@ def test_each_setting_is_counted_harmless_or_refused(place, kind, setting):
     llm_int8_skip_modules mlp_bias attention_dropout hidden_act""".split(),
 )
 def test_what_changes_bytes_is_in_no_table(setting):
-    passed = [*allowed_settings.COUNTED.values(), *allowed_settings.HARMLESS.values()]
-    assert not any(setting in names for names in passed)
+    for table in allowed_settings.TABLES.values():
+        assert setting not in " ".join(table.values()).split()
 
 
 def test_a_setting_that_a_later_library_adds_is_refused():

@@ -2,24 +2,17 @@
 
 from qlora_helpers.memory.fit import longest_row, will_it_fit
 from qlora_helpers.memory.measuring import (
-    Ledger,
     hold_to,
     may_take,
     measure,
     peak,
     private_peak,
     state_bytes,
-    stored_tensors,
     tensor_bytes,
 )
-from qlora_helpers.memory.planned_run import FUSED_LOSS, Extras
-from qlora_helpers.memory.prediction import Prediction, predict
+from qlora_helpers.memory.prediction import predict
 
 __all__ = [
-    "FUSED_LOSS",
-    "Extras",
-    "Ledger",
-    "Prediction",
     "hold_to",
     "longest_row",
     "may_take",
@@ -28,7 +21,6 @@ __all__ = [
     "predict",
     "private_peak",
     "state_bytes",
-    "stored_tensors",
     "tensor_bytes",
     "will_it_fit",
 ]

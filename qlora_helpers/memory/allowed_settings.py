@@ -10,11 +10,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from qlora_helpers.env import check_whole
 from qlora_helpers.models.shapes import PROJECTIONS
 
-TABLES = tomllib.loads(
-    Path(__file__).with_name("settings.toml").read_text(encoding="utf-8")
-)
-COUNTED = {kind: table["counted"].split() for kind, table in TABLES.items()}
-HARMLESS = {kind: table["harmless"].split() for kind, table in TABLES.items()}
+TABLES = tomllib.loads(Path(__file__).with_name("settings.toml").read_text("utf-8"))
+OPTIMIZERS = TABLES.pop("optimizers")
 # Some settings have harmless values besides the default.
 HARMLESS_VALUES = {
     "accelerator_config": (AcceleratorConfig(),),
@@ -35,16 +32,18 @@ def refuse_uncounted(name, config, kind: str) -> None:
     # by name, because importing TRL for its SFTConfig would take seconds
     if kind not in [parent.__name__ for parent in type(config).__mro__]:
         raise TypeError(f"{name} is {type(config).__name__}, expected {kind} or None")
-    known = COUNTED[kind] + HARMLESS[kind]
+    known = " ".join(TABLES[kind].values()).split()
     for setting, default in defaults(config).items():
         value = getattr(config, setting, default)
         unset = value == default or not (value or default)  # None, False, [] and ""
-        if unset or setting in known or value in HARMLESS_VALUES.get(setting, ()):
-            continue
-        raise ValueError(
-            f"{name}.{setting.lstrip('_')} is {getattr(value, 'value', value)!r}, and "
-            f"its effect cannot be predicted: leave the setting at {default!r}"
-        )
+        harmless = value in HARMLESS_VALUES.get(setting, ())
+        if not (unset or harmless or setting in known):
+            raise ValueError(
+                f"{name}.{setting.lstrip('_')} is {getattr(value, 'value', value)!r}, "
+                f"whose effect cannot be predicted: leave the setting at {default!r}"
+            )
+    for setting in TABLES[kind]["whole"].split():
+        check_whole(f"{name}.{setting}", getattr(config, setting))
 
 
 def defaults(config) -> dict:
@@ -58,47 +57,38 @@ def defaults(config) -> dict:
     return found
 
 
-def same_quantization(loaded, bnb_config) -> bool:
-    """True if a model was quantized with `bnb_config` when it was loaded."""
-    both = isinstance(loaded, BitsAndBytesConfig), bnb_config is not None
-    return all(both) and vars(loaded) == vars(bnb_config)
-
-
 def checkpointing_of(sft_config) -> int:
     """Plan.every: how often a layer is checkpointed."""
     found = {}
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if hasattr(sft_config, name):  # the first is new in transformers 5.23
-            chosen = bool(getattr(sft_config, name))
-            details = getattr(sft_config, f"{name}_kwargs") if chosen else None
-            found[name] = (chosen, dict(details or {}))
-    if len({str(choice) for choice in found.values()}) > 1:
+            details = getattr(sft_config, f"{name}_kwargs") or {}
+            found[name] = dict(details) if getattr(sft_config, name) else None
+    chosen, *other = found.values()
+    if other not in ([], [chosen]):
         raise ValueError(
             f"sft_config contradicts itself: {found}; one is an alias of the other, "
             "and only SFTConfig(...) copies it: give it there, do not set it later"
         )
-    chosen, details = next(iter(found.values()))
-    every = details.pop("every_n_layers", 1)
+    if chosen is None:
+        return 0
+    every = chosen.pop("every_n_layers", 1)
     check_whole("every_n_layers", every)
-    if any(details.values()):
+    if any(chosen.values()):
         raise ValueError(
-            f"checkpointing with {details} cannot be predicted: give only "
+            f"checkpointing with {chosen} cannot be predicted: give only "
             "use_reentrant=False and every_n_layers"
         )
-    return every if chosen else 0
+    return every
 
 
 def targets_of(lora_config) -> tuple:
-    """The projections that get an adapter; its rank and dropout are checked."""
-    if lora_config is None:
-        return ()
-    check_whole("lora_config.r", lora_config.r)
-    dropout = lora_config.lora_dropout
+    """The projections that get an adapter; the dropout is checked as well."""
+    dropout, wanted = lora_config.lora_dropout, lora_config.target_modules
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(
             f"lora_config.lora_dropout is {dropout!r}: give a share from 0 to below 1"
         )
-    wanted = lora_config.target_modules
     wanted = PROJECTIONS if wanted == "all-linear" else wanted
     if not wanted or isinstance(wanted, str) or set(wanted) - set(PROJECTIONS):
         raise ValueError(

@@ -54,21 +54,14 @@ def will_it_fit(
     room = _room(gpu_gib, kind)
     config = models.config_of(model)
     name = f"a Llama of width {config.hidden_size}" if config is model else model
-    longest = config.max_position_embeddings
-    if length > longest:
+    if length > config.max_position_embeddings:
         raise ValueError(
             f"length is {length:,}, but {name} was made for rows of at most "
-            f"{longest:,} tokens: give a shorter length"
+            f"{config.max_position_embeddings:,} tokens: give a shorter length"
         )
-
-    def most_rows(method):
-        def fits(rows):
-            return _needed(_predicted(config, method, rows, length, kind)) <= room
-
-        return _most(batch, fits)
-
-    prediction = _predicted(config, method, batch, length, kind)
-    needed = _needed(prediction)
+    plan = of_recipe(config, method, batch, length, kind)
+    prediction = predict_plan(plan)
+    needed = _needed(plan)
     fits = needed <= room
     disk, ram = _loading(config)
     sentence = (
@@ -81,11 +74,12 @@ def will_it_fit(
     )
     if not fits:
         changes = []
-        if rows := most_rows(method):
+        if rows := _most_rows(plan, room):
             changes.append(_at_most(rows))
         elif shorter := longest_row(config, gpu_gib, method, kind):
             changes.append(f"rows of at most {shorter:,} tokens, 1 at a time")
-        if method != "qlora" and (rows := most_rows("qlora")):
+        qlora = of_recipe(config, "qlora", batch, length, kind)
+        if method != "qlora" and (rows := _most_rows(qlora, room)):
             changes.append(f"QLoRA{f' and {_at_most(rows)}' if rows < batch else ''}")
         sentence += (
             f" It fits with {', or with '.join(changes)}."
@@ -103,20 +97,24 @@ def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
     """
     room = _room(gpu_gib, kind)
     config = models.config_of(model)
+    plan = of_recipe(config, method, 1, 64, kind)
+    lengths = range(64, config.max_position_embeddings + 1, 64)
+    return 64 * bisect.bisect(
+        lengths, room, key=lambda length: _needed(plan._replace(length=length))
+    )
 
-    def fits(steps):
-        return _needed(_predicted(config, method, 1, 64 * steps, kind)) <= room
 
-    return 64 * _most(config.max_position_embeddings // 64, fits)
+def _most_rows(plan, room) -> int:
+    """The most rows up to the plan's that fit; 0 if 1 does not fit."""
+    return bisect.bisect(
+        range(1, plan.rows + 1),
+        room,
+        key=lambda rows: _needed(plan._replace(rows=rows)),
+    )
 
 
 def _at_most(rows) -> str:
     return f"at most {rows} row{'s' if rows > 1 else ''} at a time"
-
-
-def _most(limit, fits) -> int:
-    """The largest number up to `limit` that fits; 0 if 1 does not fit."""
-    return bisect.bisect(range(1, limit + 1), False, key=lambda n: not fits(n))
 
 
 def _room(gpu_gib, kind) -> float:
@@ -127,16 +125,11 @@ def _room(gpu_gib, kind) -> float:
     return (gpu_gib - CONTEXT_GIB) * env.GIB
 
 
-def _predicted(config, method, batch, length, kind):
-    """The prediction of what the recipe takes on a GPU of that kind."""
-    return predict_plan(of_recipe(config, method, batch, length, kind))
-
-
-def _needed(prediction) -> float:
+def _needed(plan) -> float:
     """Bytes that torch needs: its peak plus about what its allocator wastes."""
-    kinds = prediction.kinds
+    prediction = predict_plan(plan)
     stays = ("base weights", "adapters", "optimizer", "workspaces")
-    passing = prediction.peak - sum(kinds[kind] for kind in stays)
+    passing = prediction.peak - sum(prediction.kinds[kind] for kind in stays)
     return prediction.peak + RESERVE * passing
 
 
@@ -145,5 +138,4 @@ def _loading(config) -> tuple[float, float]:
     weights = weight_bytes(of_recipe(config, "lora", 1, 1, "bf16"))
     tensors = [out * inside for out, inside in models.projections(config).values()]
     largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
-    ram = HOST_GIB + COPIES * largest / env.GIB
-    return sum(weights.values()) / env.GIB, ram
+    return sum(weights.values()) / env.GIB, HOST_GIB + COPIES * largest / env.GIB

@@ -44,10 +44,9 @@ def predict(
     """The bytes of a training run, from its configs alone.
 
     model_config: a LlamaConfig or a name of models.SHAPES. bnb_config: a 4-bit
-    BitsAndBytesConfig; left out, weights are as model_config.dtype says (16-bit, or
-    fp32). lora_config: left out, every weight trains. sft_config: batch, max_length,
-    optimizer, checkpointing, mixed precision; it must be given. Rows count as full:
-    `max_length` tokens, no padding, loss on each.
+    BitsAndBytesConfig; without it weights are as model_config.dtype says (16-bit, or
+    fp32). lora_config: without it every weight trains. sft_config must be given. Rows
+    count as full: `max_length` tokens, no padding, loss on each.
 
     On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
     after the first. Raises TypeError or ValueError, naming the setting, for a setting
@@ -92,18 +91,20 @@ def predict_plan(plan: Plan) -> Prediction:
     if not plan.every:  # it is not gone through again
         del moments["first layer: forward, down_proj"]
     if not plan.targets:
-        moments["the embedding, backward"] = {
-            "gradients": gradients + (2 * of_head if tied else 0)
-        }
+        waiting = 2 * of_head if tied else 0
+        moments["the embedding, backward"] = {"gradients": gradients + waiting}
+    # On a GPU, torch's AdamW without `fused` holds the square roots for all tensors at
+    # once. Source: torch/optim/adam.py, _multi_tensor_adam.
+    all_at_once = plan.optim == "adamw_torch" and plan.on_gpu
     moments["the optimizer's step"] = {
         "gradients": gradients,
-        "square roots": formulas.step_bytes(plan),
+        "square roots": gradients if all_at_once else 0,
     }
     always = {
         "base weights": sum(weights.values()),
         "adapters": gradients if plan.targets else 0,  # gradients have their size
         "optimizer": states,
-        "workspaces": WORKSPACES if plan.extras.device == "cuda" else 0,
+        "workspaces": WORKSPACES if plan.on_gpu else 0,
     }
     moments = {name: always | kinds for name, kinds in moments.items()}
     log_probabilities = in_loss // 3 if plan.full_logits else 0  # of three tensors
