@@ -27,11 +27,9 @@ ATTRIBUTES = {"output_attentions": False, "_attn_implementation": None}
 
 def refuse_uncounted(name, config, kind: str) -> None:
     """Raise if `config` is not a `kind` or has a setting that no formula counts."""
-    if config is None:
-        return
     # by name, because importing TRL for its SFTConfig would take seconds
     if kind not in [parent.__name__ for parent in type(config).__mro__]:
-        raise TypeError(f"{name} is {type(config).__name__}, expected {kind} or None")
+        raise TypeError(f"{name} is {type(config).__name__}, expected {kind}")
     known = " ".join(TABLES[kind].values()).split()
     for setting, default in defaults(config).items():
         value = getattr(config, setting, default)

@@ -106,7 +106,7 @@ def layer_bytes(plan: Plan) -> int:
         token += q * _kept_input(plan, 1)  # else attention keeps it already
     token += c * plan.r * len(plan.targets)  # the adapters' middle
     total = token * plan.tokens
-    if plan.targets and plan.trained != c:  # their 16-bit copies
+    if plan.targets and c < 4:  # their 16-bit copies
         total += c * sum(trained_tensors(plan)) // config.num_hidden_layers
     return total
 
@@ -117,7 +117,7 @@ def _casts_inputs(plan: Plan) -> bool:
     For 4-bit layers it asks first whether autocast is on, for CUDA alone.
     """
     asks = plan.four_bit and plan.on_gpu
-    return bool(plan.targets) and plan.compute < plan.trained and not asks
+    return bool(plan.targets) and plan.compute < 4 and not asks
 
 
 def _mask(plan: Plan) -> int:

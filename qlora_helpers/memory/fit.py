@@ -60,33 +60,37 @@ def will_it_fit(
             f"{config.max_position_embeddings:,} tokens: give a shorter length"
         )
     plan = of_recipe(config, method, batch, length, kind)
-    prediction = predict_plan(plan)
-    needed = _needed(plan)
-    fits = needed <= room
-    disk, ram = _loading(config)
+    prediction, needed = predict_plan(plan), _needed(plan)
+    # 16-bit files and, while they are loaded, the process and its largest tensors
+    files = weight_bytes(of_recipe(config, "lora", 1, 1, "bf16"))
+    tensors = [out * inside for out, inside in models.projections(config).values()]
+    largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
+    disk = sum(files.values()) / env.GIB
+    ram = HOST_GIB + COPIES * largest / env.GIB
     sentence = (
         f"{name}, {METHODS[method]}, {batch} x {length:,} tokens in {kind}: "
-        f"{'fits' if fits else 'does not fit'}. Torch's peak is "
+        f"{'fits' if needed <= room else 'does not fit'}. Torch's peak is "
         f"{prediction.peak / env.GIB:.1f} GiB ({prediction.moment}), or about "
         f"{needed / env.GIB:.1f} GiB with what its allocator wastes. CUDA takes about "
         f"{CONTEXT_GIB} GiB more, and the card has {gpu_gib:g} GiB. Loading takes "
         f"{disk:.1f} GiB of disk and {ram:.1f} GiB of RAM."
     )
-    if not fits:
+    if needed > room:
         changes = []
-        if rows := _most_rows(plan, room):
+        if rows := _most(plan, room, "rows", range(1, batch + 1)):
             changes.append(_at_most(rows))
         elif shorter := longest_row(config, gpu_gib, method, kind):
             changes.append(f"rows of at most {shorter:,} tokens, 1 at a time")
         qlora = of_recipe(config, "qlora", batch, length, kind)
-        if method != "qlora" and (rows := _most_rows(qlora, room)):
+        rows = _most(qlora, room, "rows", range(1, batch + 1))
+        if method != "qlora" and rows:
             changes.append(f"QLoRA{f' and {_at_most(rows)}' if rows < batch else ''}")
         sentence += (
             f" It fits with {', or with '.join(changes)}."
             if changes
             else " Choose a smaller model or a larger card."
         )
-    return Fit(fits, sentence, prediction, needed / env.GIB, disk, ram)
+    return Fit(needed <= room, sentence, prediction, needed / env.GIB, disk, ram)
 
 
 def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
@@ -95,21 +99,16 @@ def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
     Tries steps of 64 up to what the model was made for. Takes and raises what
     will_it_fit does.
     """
-    room = _room(gpu_gib, kind)
-    config = models.config_of(model)
+    room, config = _room(gpu_gib, kind), models.config_of(model)
     plan = of_recipe(config, method, 1, 64, kind)
     lengths = range(64, config.max_position_embeddings + 1, 64)
-    return 64 * bisect.bisect(
-        lengths, room, key=lambda length: _needed(plan._replace(length=length))
-    )
+    return 64 * _most(plan, room, "length", lengths)
 
 
-def _most_rows(plan, room) -> int:
-    """The most rows up to the plan's that fit; 0 if 1 does not fit."""
+def _most(plan, room, what, sizes) -> int:
+    """How many of the ascending sizes of a plan's rows, or of its length, fit."""
     return bisect.bisect(
-        range(1, plan.rows + 1),
-        room,
-        key=lambda rows: _needed(plan._replace(rows=rows)),
+        sizes, room, key=lambda size: _needed(plan._replace(**{what: size}))
     )
 
 
@@ -131,11 +130,3 @@ def _needed(plan) -> float:
     stays = ("base weights", "adapters", "optimizer", "workspaces")
     passing = prediction.peak - sum(prediction.kinds[kind] for kind in stays)
     return prediction.peak + RESERVE * passing
-
-
-def _loading(config) -> tuple[float, float]:
-    """GiB of the 16-bit files, and of the host's memory while they are loaded."""
-    weights = weight_bytes(of_recipe(config, "lora", 1, 1, "bf16"))
-    tensors = [out * inside for out, inside in models.projections(config).values()]
-    largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
-    return sum(weights.values()) / env.GIB, HOST_GIB + COPIES * largest / env.GIB

@@ -38,16 +38,14 @@ def state_bytes(model, optimizer) -> dict[str, int]:
     own shape and dtype. A tensor that several states share counts once.
     """
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    states = {id(t): t for s in optimizer.state.values() for t in s.values()}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    once = {id(t): t.nbytes for t in states if isinstance(t, torch.Tensor)}
     return {
-        "base model": sum(
-            tensor_bytes(p) for p in model.parameters() if not p.requires_grad
-        ),
+        "base model": sum(tensor_bytes(parameter) for parameter in frozen),
         "adapters": trained,
         "gradients": trained,
-        "optimizer": sum(
-            t.nbytes for t in states.values() if isinstance(t, torch.Tensor)
-        ),
+        "optimizer": sum(once.values()),
     }
 
 
@@ -70,13 +68,11 @@ def may_take() -> int:
     """Bytes that torch may still take on this GPU.
 
     That is the driver's free memory plus what torch has reserved but does not use, and
-    at most what torch's own limit (hold_to) leaves. Raises RuntimeError without a GPU.
+    at most what torch's own limit (hold_to) leaves. Raises ValueError without a GPU.
     """
     device = env.profile().device
-    if device.type != "cuda":
-        raise RuntimeError("there is no GPU here: call may_take on a GPU")
-    used = torch.cuda.memory_allocated(device)
     free, whole = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - used
     limit = torch.cuda.get_per_process_memory_fraction(device) * whole
     return max(0, min(free, int(limit) - used))
@@ -89,39 +85,37 @@ def peak():
     On a GPU it is what torch allocated there. On a CPU, where torch keeps no count, it
     is the resident memory of the whole process, seen ten times a second.
     """
-    device, process, found = env.profile().device, psutil.Process(), {}
+    device, process = env.profile().device, psutil.Process()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        found = {}
         yield found
         found["bytes"] = torch.cuda.max_memory_allocated(device)
     else:
-        with _watch(found, lambda: process.memory_info().rss, seconds=0.1):
+        with _most(lambda: process.memory_info().rss, seconds=0.1) as found:
             yield found
 
 
-@contextlib.contextmanager
 def private_peak():
     """Yield a dict that holds `bytes` at the end: the most that was held on top.
 
     Only memory that no file backs counts (on Windows and macOS: all of the process's
     memory), because the system drops a mapped file's pages when it must.
     """
-    process, found = psutil.Process(), {}
+    process = psutil.Process()
 
     def private():
         info = process.memory_info()
         return info.rss - getattr(info, "shared", 0)
 
     before = private()
-    with _watch(found, lambda: private() - before, seconds=0.005):
-        yield found
+    return _most(lambda: private() - before, seconds=0.005)
 
 
 @contextlib.contextmanager
-def _watch(found, read, seconds):
-    """Keep the largest of what `read()` gives every so many seconds in `found`."""
-    done = threading.Event()
-    found["bytes"] = read()
+def _most(read, seconds):
+    """Yield a dict whose `bytes` is the largest of what `read()` gave until the end."""
+    found, done = {"bytes": read()}, threading.Event()
 
     def watch():
         while not done.wait(seconds):
@@ -130,7 +124,7 @@ def _watch(found, read, seconds):
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield found
     finally:
         done.set()
         watcher.join()

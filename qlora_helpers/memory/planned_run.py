@@ -1,10 +1,11 @@
 """A planned training run, read from its configs; what no formula counts is refused."""
 
-import warnings
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from huggingface_hub.dataclasses import strict
 from packaging.version import Version
 from transformers import BitsAndBytesConfig, LlamaConfig
 
@@ -31,7 +32,7 @@ FULL_OPTIMIZER = "adamw_torch_fused"  # of full fine-tuning: transformers' defau
 
 OTHER_QUANTIZATION = (
     "model_config.quantization_config is not the bnb_config: give the one that the "
-    "model was loaded with as bnb_config"
+    "model was loaded with"
 )
 FULL_IN_FP16 = (
     "full fine-tuning of 16-bit weights does not work in fp16, because torch's "
@@ -39,13 +40,14 @@ FULL_IN_FP16 = (
 )
 
 
-class Extras(NamedTuple):
+@strict
+@dataclass
+class Extras:
     """What changes a run's bytes and stands in none of the libraries' configs."""
 
-    device: str = "cuda"  # where it will run, "cuda" or "cpu"
+    device: Literal["cuda", "cpu"] = "cuda"  # where it will run
     full_logits: bool = False  # a loss on all logits at once; always so before TRL 1.15
     kbit_casts: bool = False  # prepare_model_for_kbit_training was called
-    adapter_dtype: torch.dtype = torch.float32  # TRL left alone takes bf16
     # True: attention repeats keys and values that heads share. None: as the recipe
     # does, which repeats them in fp16, for GPUs without flash attention.
     repeat_kv: bool | None = None
@@ -81,7 +83,7 @@ class Plan(NamedTuple):
     @property
     def trained(self) -> int:
         """Bytes of a number of a trained tensor."""
-        return self.extras.adapter_dtype.itemsize if self.targets else self.compute
+        return 4 if self.targets else self.compute
 
     @property
     def between(self) -> int:
@@ -101,16 +103,22 @@ def in_blocks(size: int) -> int:
 def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     """The run that the configs describe; takes and raises what memory.predict does."""
     extras = Extras() if extras is None else extras
-    _check_extras(extras)
-    config = _checked_model(model_config)
-    if sft_config is None:
-        raise TypeError("sft_config is missing: batch and length come from it")
-    refuse_uncounted("bnb_config", bnb_config, "BitsAndBytesConfig")
-    refuse_uncounted("lora_config", lora_config, "LoraConfig")
+    if not isinstance(extras, Extras):
+        raise TypeError(f"extras is {type(extras).__name__}: give an Extras or None")
+    config = model_config
+    if isinstance(config, str):
+        config = models.llama_config(config)
+    refuse_uncounted("model_config", config, "LlamaConfig")
     refuse_uncounted("sft_config", sft_config, "SFTConfig")
+    if bnb_config is not None:
+        refuse_uncounted("bnb_config", bnb_config, "BitsAndBytesConfig")
+    if lora_config is not None:
+        refuse_uncounted("lora_config", lora_config, "LoraConfig")
     mixed = torch.float16 if sft_config.fp16 else torch.float32
     mixed = torch.bfloat16 if sft_config.bf16 else mixed
-    dtype = bnb_config.bnb_4bit_compute_dtype if bnb_config else config.dtype or mixed
+    dtypes = {"sft_config": mixed, "model_config.dtype": config.dtype or mixed}
+    if bnb_config is not None:
+        dtypes["bnb_4bit_compute_dtype"] = bnb_config.bnb_4bit_compute_dtype
     optim = getattr(sft_config.optim, "value", sft_config.optim)
     loaded = getattr(config, "quantization_config", None)
     for contradicts, words in [
@@ -118,39 +126,24 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         (loaded is not None and repr(loaded) != repr(bnb_config), OTHER_QUANTIZATION),
         (
             bnb_config and not lora_config,
-            "4-bit weights cannot train: give a lora_config, or no bnb_config",
+            "4-bit weights cannot train: add a LoraConfig",
         ),
-        (
-            config.dtype not in (None, dtype),
-            f"model_config.dtype is {config.dtype}, but bnb_4bit_compute_dtype is "
-            f"{dtype}: make them the same",
-        ),
-        (
-            mixed != dtype,
-            f"weights compute in {dtype}, but sft_config trains in {mixed} "
-            f"(bf16={sft_config.bf16}, fp16={sft_config.fp16}): make them the same",
-        ),
+        (len(set(dtypes.values())) > 1, f"{dtypes}: make them the same"),
         (sft_config.fp16 and not lora_config, FULL_IN_FP16),
-        (
-            extras.kbit_casts and not bnb_config,
-            "extras.kbit_casts is for 4-bit models: give a bnb_config",
-        ),
-        (
-            optim not in OPTIMIZERS,
-            f"optim {optim!r} is not predicted: {list(OPTIMIZERS)} are",
-        ),
+        (extras.kbit_casts and not bnb_config, "extras.kbit_casts is for 4-bit models"),
+        (optim not in OPTIMIZERS, f"{optim!r} is not predicted: {[*OPTIMIZERS]} are"),
     ]:
         if contradicts:
             raise ValueError(words)
     return Plan(
         config=config,
         four_bit=bnb_config is not None,
-        double=bnb_config is not None and bnb_config.bnb_4bit_use_double_quant,
+        double=bool(bnb_config and bnb_config.bnb_4bit_use_double_quant),
         targets=targets_of(lora_config) if lora_config else (),
         r=lora_config.r if lora_config else 0,
         rows=sft_config.per_device_train_batch_size,
         length=sft_config.max_length,
-        compute=dtype.itemsize,
+        compute=mixed.itemsize,
         optim=optim,
         repeat_kv=sft_config.fp16 if extras.repeat_kv is None else extras.repeat_kv,
         dropout=bool(lora_config and lora_config.lora_dropout),
@@ -167,8 +160,8 @@ def of_recipe(config, method: str, rows: int, length: int, kind: str) -> Plan:
     config: a LlamaConfig. method: one of METHODS. kind: "bf16" or "fp16".
     """
     check_method(method)
-    config, machine = _checked_model(config), env.profile_of(kind)
-    full = method == "full"
+    refuse_uncounted("model_config", config, "LlamaConfig")
+    machine, full = env.profile_of(kind), method == "full"
     if full and machine.fp16:
         raise ValueError(FULL_IN_FP16)
     # a model that was loaded in 4 bits has its own config; the recipe's is used instead
@@ -193,41 +186,3 @@ def check_method(method) -> None:
     """Raise ValueError unless `method` is one of METHODS."""
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
-
-
-def _checked_model(config) -> LlamaConfig:
-    """The LlamaConfig that is given or named."""
-    if not FUSED_LOSS:
-        warnings.warn(
-            "the byte formulas are those of TRL 1.15 and later: this older one keeps "
-            "more than they say",
-            stacklevel=4,
-        )
-    if isinstance(config, str):
-        config = models.llama_config(config)
-    if not isinstance(config, LlamaConfig):
-        raise TypeError(
-            f"model_config is {type(config).__name__}, expected a LlamaConfig or one "
-            f"of the shapes {list(models.SHAPES)}"
-        )
-    refuse_uncounted("model_config", config, "LlamaConfig")
-    return config
-
-
-def _check_extras(extras) -> None:
-    """Raise TypeError or ValueError, naming the field, unless all fields make sense."""
-    if not isinstance(extras, Extras):
-        raise TypeError(f"extras is {type(extras).__name__}: give an Extras or None")
-    dtype = extras.adapter_dtype
-    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    for name, right, expected in [
-        ("device", extras.device in ("cuda", "cpu"), "'cuda' or 'cpu'"),
-        ("full_logits", isinstance(extras.full_logits, bool), "True or False"),
-        ("kbit_casts", isinstance(extras.kbit_casts, bool), "True or False"),
-        ("adapter_dtype", floating, "a floating torch.dtype"),
-        ("repeat_kv", isinstance(extras.repeat_kv, bool | None), "True, False or None"),
-    ]:
-        if not right:
-            raise ValueError(
-                f"extras.{name} is {getattr(extras, name)!r}: give {expected}"
-            )

@@ -1,9 +1,10 @@
 """Predict the bytes of a training run from its configs."""
 
+import warnings
 from typing import NamedTuple
 
 from qlora_helpers.memory import byte_formulas as formulas
-from qlora_helpers.memory.planned_run import Extras, Plan, read
+from qlora_helpers.memory.planned_run import FUSED_LOSS, Extras, Plan, read
 
 # cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
 # which data/measured/memory_grid.json agrees; other cards' are smaller.
@@ -57,6 +58,8 @@ def predict(
 
 def predict_plan(plan: Plan) -> Prediction:
     """The bytes of a run that was read already, as `predict` gives them."""
+    if not FUSED_LOSS:
+        warnings.warn("TRL before 1.15 keeps more than is predicted", stacklevel=3)
     weights = formulas.weight_bytes(plan)
     gradients = formulas.gradient_bytes(plan)
     states, paged = formulas.optimizer_bytes(plan)
@@ -70,13 +73,8 @@ def predict_plan(plan: Plan) -> Prediction:
     ending = gradients - (0 if tied else of_head)
     if plan.accumulates:  # from the second batch on they are there all the time
         early = begun = ending = gradients
-    moments = {
-        "the loss, backward": {
-            "activations": kept + ends,
-            "logits and loss": in_loss,
-            "gradients": early,
-        }
-    }
+    backward = {"logits and loss": in_loss, "gradients": early}
+    moments = {"the loss, backward": {"activations": kept + ends} | backward}
     turns = formulas.turning_bytes(plan).items()
     for layer, held, of_layers in [
         ("last layer", kept + last, begun),
