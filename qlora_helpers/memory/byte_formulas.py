@@ -8,8 +8,7 @@ tests hold the formulas to it.
 
 from collections import Counter
 
-from qlora_helpers.memory.allowed_settings import OPTIMIZERS
-from qlora_helpers.memory.planned_run import Plan
+from qlora_helpers.memory.planned_run import OPTIMIZERS, Plan
 from qlora_helpers.models.shapes import projections
 from qlora_helpers.nf4 import BLOCK, SCALE_BLOCK
 
@@ -33,11 +32,12 @@ def weight_bytes(plan: Plan) -> dict[str, int]:
         if plan.double:
             found["scales"] += up(4 * -(-blocks // SCALE_BLOCK))
             found["tables"] += up(256 * 4) + up(4)  # and the offset
-    layers, h, ends = config.num_hidden_layers, config.hidden_size, _ends(config)
-    found = {kind: layers * size for kind, size in found.items()}
-    found["embedding, output"] = ends * up(plan.between * config.vocab_size * h)
-    found["norms"] = (2 * layers + 1) * up(plan.between * h)
-    return found
+    layers, h = config.num_hidden_layers, config.hidden_size
+    end = up(plan.between * config.vocab_size * h)
+    return {kind: layers * size for kind, size in found.items()} | {
+        "embedding, output": _ends(config) * end,
+        "norms": (2 * layers + 1) * up(plan.between * h),
+    }
 
 
 def _ends(config) -> int:

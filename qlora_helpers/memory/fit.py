@@ -3,11 +3,14 @@
 import bisect
 from typing import NamedTuple
 
+from transformers import BitsAndBytesConfig
+
 from qlora_helpers import env, models
 from qlora_helpers.env import check_whole
+from qlora_helpers.memory import planned_run
 from qlora_helpers.memory.byte_formulas import weight_bytes
-from qlora_helpers.memory.planned_run import METHODS, of_recipe
 from qlora_helpers.memory.prediction import Prediction, predict_plan
+from qlora_helpers.models.shapes import PROJECTIONS
 
 # What CUDA takes beside torch, in GiB: 0.75 to 0.89 in data/measured/memory_grid.json,
 # on an H200; no other card was measured.
@@ -19,6 +22,7 @@ HOST_GIB = 3.0  # of the process: at most 2.9 on an H200 (data/measured/notebook
 # While a model is loaded: two copies of its largest 16-bit tensor, more than was seen
 # on a CPU (data/measured/loading.json); the files themselves are mapped.
 COPIES = 2
+RANK = 16  # of the recipe's adapters
 KINDS = ("bf16", "fp16")  # kinds of GPU that env.profile_of knows; a T4 is "fp16"
 
 
@@ -68,8 +72,8 @@ def will_it_fit(
     disk = sum(files.values()) / env.GIB
     ram = HOST_GIB + COPIES * largest / env.GIB
     sentence = (
-        f"{name}, {METHODS[method]}, {batch} x {length:,} tokens in {kind}: "
-        f"{'fits' if needed <= room else 'does not fit'}. Torch's peak is "
+        f"{name}, {planned_run.METHODS[method]}, {batch} x {length:,} tokens in "
+        f"{kind}: {'fits' if needed <= room else 'does not fit'}. Torch's peak is "
         f"{prediction.peak / env.GIB:.1f} GiB ({prediction.moment}), or about "
         f"{needed / env.GIB:.1f} GiB with what its allocator wastes. CUDA takes about "
         f"{CONTEXT_GIB} GiB more, and the card has {gpu_gib:g} GiB. Loading takes "
@@ -103,6 +107,36 @@ def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
     plan = of_recipe(config, method, 1, 64, kind)
     lengths = range(64, config.max_position_embeddings + 1, 64)
     return 64 * _most(plan, room, "length", lengths)
+
+
+def of_recipe(
+    config, method: str, rows: int, length: int, kind: str
+) -> planned_run.Plan:
+    """What `read` makes of `train.configs`, without importing TRL.
+
+    config: a LlamaConfig. method: one of METHODS. kind: "bf16" or "fp16".
+    """
+    planned_run.check_method(method)
+    planned_run.refuse_uncounted("model_config", config, "LlamaConfig")
+    machine, full = env.profile_of(kind), method == "full"
+    if full and machine.fp16:
+        raise ValueError(planned_run.FULL_IN_FP16)
+    # a model that was loaded in 4 bits has its own config; the recipe's is used instead
+    loaded = getattr(config, "quantization_config", None)
+    if not isinstance(loaded, BitsAndBytesConfig | None):
+        raise ValueError("model is already quantized: give the one it was made from")
+    return planned_run.Plan(
+        config=config,
+        four_bit=method == "qlora",
+        double=method == "qlora",
+        targets=() if full else tuple(PROJECTIONS),
+        r=0 if full else RANK,
+        rows=rows,
+        length=length,
+        compute=machine.compute_dtype.itemsize,
+        optim=planned_run.FULL_OPTIMIZER if full else machine.optim,
+        repeat_kv=machine.fp16,
+    )
 
 
 def _most(plan, room, what, sizes) -> int:

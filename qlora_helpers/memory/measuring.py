@@ -185,7 +185,6 @@ def measure(trainer) -> dict[str, int]:
         torch._C._cuda_clearCublasWorkspaces()  # an earlier run's would count as others
         own = sum(in_blocks(tensor.nbytes) for tensor in tensors)
         others = max(0, torch.cuda.memory_allocated(device) - own)  # another model's
-        del tensors
         with peak() as found:
             trainer.train()
         most = found["bytes"] - others
@@ -193,7 +192,6 @@ def measure(trainer) -> dict[str, int]:
         ledger = Ledger()
         for tensor in tensors:
             ledger.enter(tensor.untyped_storage())
-        del tensors, tensor
         with ledger:
             trainer.train()
         most = ledger.peak

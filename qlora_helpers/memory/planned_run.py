@@ -1,39 +1,41 @@
 """A planned training run, read from its configs; what no formula counts is refused."""
 
-from dataclasses import dataclass
+import dataclasses
+import tomllib
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
 from transformers import BitsAndBytesConfig, LlamaConfig
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from qlora_helpers import env, models
-from qlora_helpers.memory.allowed_settings import (
-    OPTIMIZERS,
-    checkpointing_of,
-    refuse_uncounted,
-    targets_of,
-)
+from qlora_helpers import models
+from qlora_helpers.env import check_whole
 from qlora_helpers.models.shapes import PROJECTIONS
 
 # From 1.15 on TRL's loss never makes all logits at once; the formulas are of this one,
 # with transformers 5.17 and PEFT 0.21 beside it.
 FUSED_LOSS = Version(version("trl")).release >= (1, 15)
 
+TABLES = tomllib.loads(Path(__file__).with_name("settings.toml").read_text("utf-8"))
+OPTIMIZERS = TABLES.pop("optimizers")
+HARMLESS_VALUES = TABLES.pop("harmless_values") | {
+    "accelerator_config": [AcceleratorConfig()],
+    "pad_to_multiple_of": [None],  # what SFTConfig makes of "auto"
+}
+# These settings of a LlamaConfig are not fields of its class.
+ATTRIBUTES = {"output_attentions": False, "_attn_implementation": None}
+
 METHODS = {
     "qlora": "QLoRA",
     "lora": "LoRA on 16-bit weights",
     "full": "full fine-tuning in 16 bits",
 }
-RANK = 16  # of the recipe's adapters
 FULL_OPTIMIZER = "adamw_torch_fused"  # of full fine-tuning: transformers' default
 
-OTHER_QUANTIZATION = (
-    "model_config.quantization_config is not the bnb_config: give the one that the "
-    "model was loaded with"
-)
 FULL_IN_FP16 = (
     "full fine-tuning of 16-bit weights does not work in fp16, because torch's "
     "GradScaler takes no fp16 gradients: give a lora_config, or train in bf16"
@@ -41,7 +43,7 @@ FULL_IN_FP16 = (
 
 
 @strict
-@dataclass
+@dataclasses.dataclass
 class Extras:
     """What changes a run's bytes and stands in none of the libraries' configs."""
 
@@ -123,7 +125,10 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     loaded = getattr(config, "quantization_config", None)
     for contradicts, words in [
         # a BitsAndBytesConfig shows all of its settings, and cannot be compared
-        (loaded is not None and repr(loaded) != repr(bnb_config), OTHER_QUANTIZATION),
+        (
+            loaded is not None and repr(loaded) != repr(bnb_config),
+            "model_config.quantization_config is not the bnb_config: give the former",
+        ),
         (
             bnb_config and not lora_config,
             "4-bit weights cannot train: add a LoraConfig",
@@ -139,7 +144,7 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         config=config,
         four_bit=bnb_config is not None,
         double=bool(bnb_config and bnb_config.bnb_4bit_use_double_quant),
-        targets=targets_of(lora_config) if lora_config else (),
+        targets=_targets_of(lora_config) if lora_config else (),
         r=lora_config.r if lora_config else 0,
         rows=sft_config.per_device_train_batch_size,
         length=sft_config.max_length,
@@ -147,38 +152,10 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         optim=optim,
         repeat_kv=sft_config.fp16 if extras.repeat_kv is None else extras.repeat_kv,
         dropout=bool(lora_config and lora_config.lora_dropout),
-        every=checkpointing_of(sft_config),
+        every=_checkpointing_of(sft_config),
         full_logits=extras.full_logits or not FUSED_LOSS,
         accumulates=sft_config.gradient_accumulation_steps > 1,
         extras=extras,
-    )
-
-
-def of_recipe(config, method: str, rows: int, length: int, kind: str) -> Plan:
-    """What `read` makes of `train.configs`, without importing TRL.
-
-    config: a LlamaConfig. method: one of METHODS. kind: "bf16" or "fp16".
-    """
-    check_method(method)
-    refuse_uncounted("model_config", config, "LlamaConfig")
-    machine, full = env.profile_of(kind), method == "full"
-    if full and machine.fp16:
-        raise ValueError(FULL_IN_FP16)
-    # a model that was loaded in 4 bits has its own config; the recipe's is used instead
-    loaded = getattr(config, "quantization_config", None)
-    if not isinstance(loaded, BitsAndBytesConfig | None):
-        raise ValueError(OTHER_QUANTIZATION)
-    return Plan(
-        config=config,
-        four_bit=method == "qlora",
-        double=method == "qlora",
-        targets=() if full else tuple(PROJECTIONS),
-        r=0 if full else RANK,
-        rows=rows,
-        length=length,
-        compute=machine.compute_dtype.itemsize,
-        optim=FULL_OPTIMIZER if full else machine.optim,
-        repeat_kv=machine.fp16,
     )
 
 
@@ -186,3 +163,74 @@ def check_method(method) -> None:
     """Raise ValueError unless `method` is one of METHODS."""
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
+
+
+def refuse_uncounted(name, config, kind: str) -> None:
+    """Raise if `config` is not a `kind` or has a setting that no formula counts."""
+    # by name, because importing TRL for its SFTConfig would take seconds
+    if kind not in [parent.__name__ for parent in type(config).__mro__]:
+        raise TypeError(f"{name} is {type(config).__name__}, expected {kind}")
+    known = " ".join(TABLES[kind].values()).split()
+    for setting, default in defaults(config).items():
+        value = getattr(config, setting, default)
+        unset = value == default or not (value or default)  # None, False, [] and ""
+        harmless = value in HARMLESS_VALUES.get(setting, [])
+        if not (unset or harmless or setting in known):
+            raise ValueError(
+                f"{name}.{setting.lstrip('_')} is {getattr(value, 'value', value)!r}, "
+                f"whose effect cannot be predicted: leave the setting at {default!r}"
+            )
+    for setting in TABLES[kind]["whole"].split():
+        check_whole(f"{name}.{setting}", getattr(config, setting))
+
+
+def defaults(config) -> dict:
+    """The library's default of each setting of a config."""
+    if isinstance(config, BitsAndBytesConfig):  # not a dataclass
+        return vars(type(config)(load_in_4bit=True))
+    found = dict(ATTRIBUTES) if isinstance(config, LlamaConfig) else {}
+    for field in dataclasses.fields(config):
+        made = field.default_factory
+        found[field.name] = field.default if made is dataclasses.MISSING else made()
+    return found
+
+
+def _checkpointing_of(sft_config) -> int:
+    """Plan.every: how often a layer is checkpointed."""
+    found = {}
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(sft_config, name):  # the first is new in transformers 5.23
+            details = getattr(sft_config, f"{name}_kwargs") or {}
+            found[name] = dict(details) if getattr(sft_config, name) else None
+    chosen, *other = found.values()
+    if other not in ([], [chosen]):
+        raise ValueError(
+            f"sft_config contradicts itself: {found}; one is an alias of the other, "
+            "and only SFTConfig(...) copies it: give it there, do not set it later"
+        )
+    if chosen is None:
+        return 0
+    every = chosen.pop("every_n_layers", 1)
+    check_whole("every_n_layers", every)
+    if any(chosen.values()):
+        raise ValueError(
+            f"checkpointing with {chosen} cannot be predicted: give only "
+            "use_reentrant=False and every_n_layers"
+        )
+    return every
+
+
+def _targets_of(lora_config) -> tuple:
+    """The projections that get an adapter; the dropout is checked as well."""
+    dropout, wanted = lora_config.lora_dropout, lora_config.target_modules
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"lora_config.lora_dropout is {dropout!r}: give a share from 0 to below 1"
+        )
+    wanted = PROJECTIONS if wanted == "all-linear" else wanted
+    if not wanted or isinstance(wanted, str) or set(wanted) - set(PROJECTIONS):
+        raise ValueError(
+            f"target_modules is {wanted!r}, expected 'all-linear' or names of "
+            f"{PROJECTIONS}"
+        )
+    return tuple(name for name in PROJECTIONS if name in wanted)

@@ -120,8 +120,7 @@ def _fill(model, inner, bnb_config):
         if isinstance(module, Linear4bit):
             weight = _fake_4bit(module.weight.shape, bnb_config)
             del module.weight  # a fake tensor is no Params4bit
-            object.__setattr__(module, "weight", weight)
-            module.quant_state = weight.quant_state
+            vars(module)["weight"] = weight
     model.to_empty(device="cpu")
     inner.tie_weights()
     never_repack(model)
@@ -133,11 +132,13 @@ def _fake_4bit(shape, bnb_config):
     blocks = -(-size // BLOCK)
     second = {}
     if double:
-        scales, code = torch.empty(-(-blocks // SCALE_BLOCK)), torch.empty(256)
-        state2 = QuantState(
-            scales, code=code, blocksize=SCALE_BLOCK, dtype=scales.dtype
+        scales = QuantState(
+            torch.empty(-(-blocks // SCALE_BLOCK)),
+            code=torch.empty(256),
+            blocksize=SCALE_BLOCK,
+            dtype=torch.float32,
         )
-        second = {"offset": torch.empty(()), "state2": state2}
+        second = {"offset": torch.empty(()), "state2": scales}
     weight = torch.empty(-(-size // 2), 1, dtype=torch.uint8)
     weight.quant_state = QuantState(
         torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
