@@ -107,9 +107,8 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     extras = Extras() if extras is None else extras
     if not isinstance(extras, Extras):
         raise TypeError(f"extras is {type(extras).__name__}: give an Extras or None")
-    config = model_config
-    if isinstance(config, str):
-        config = models.llama_config(config)
+    named = isinstance(model_config, str)
+    config = models.llama_config(model_config) if named else model_config
     refuse_uncounted("model_config", config, "LlamaConfig")
     refuse_uncounted("sft_config", sft_config, "SFTConfig")
     if bnb_config is not None:
@@ -127,16 +126,13 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         # a BitsAndBytesConfig shows all of its settings, and cannot be compared
         (
             loaded is not None and repr(loaded) != repr(bnb_config),
-            "model_config.quantization_config is not the bnb_config: give the former",
+            "model_config.quantization_config is not the bnb_config: give it as such",
         ),
-        (
-            bnb_config and not lora_config,
-            "4-bit weights cannot train: add a LoraConfig",
-        ),
-        (len(set(dtypes.values())) > 1, f"{dtypes}: make them the same"),
+        (bnb_config and not lora_config, "4-bit weights cannot train: set lora_config"),
+        (len(set(dtypes.values())) > 1, f"dtypes differ: {dtypes}; make them the same"),
         (sft_config.fp16 and not lora_config, FULL_IN_FP16),
-        (extras.kbit_casts and not bnb_config, "extras.kbit_casts is for 4-bit models"),
-        (optim not in OPTIMIZERS, f"{optim!r} is not predicted: {[*OPTIMIZERS]} are"),
+        (extras.kbit_casts and not bnb_config, "extras.kbit_casts needs a bnb_config"),
+        (optim not in OPTIMIZERS, f"optim is {optim!r}: take one of {[*OPTIMIZERS]}"),
     ]:
         if contradicts:
             raise ValueError(words)
