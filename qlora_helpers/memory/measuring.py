@@ -180,7 +180,7 @@ def measure(trainer) -> dict[str, int]:
     took from the card.
     """
     device = env.profile().device
-    tensors = [t for p in trainer.model.parameters() for t in stored_tensors(p)]
+    tensors = (t for p in trainer.model.parameters() for t in stored_tensors(p))
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()  # an earlier run's would count as others
         own = sum(in_blocks(tensor.nbytes) for tensor in tensors)

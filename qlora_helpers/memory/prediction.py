@@ -4,7 +4,7 @@ import warnings
 from typing import NamedTuple
 
 from qlora_helpers.memory import byte_formulas as formulas
-from qlora_helpers.memory.planned_run import FUSED_LOSS, Extras, Plan, read
+from qlora_helpers.memory.planned_run import FUSED_LOSS, Plan, read
 
 # cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
 # which data/measured/memory_grid.json agrees; other cards' are smaller.
@@ -36,18 +36,14 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    model_config,
-    bnb_config=None,
-    lora_config=None,
-    sft_config=None,
-    extras: Extras | None = None,
+    model_config, bnb_config=None, lora_config=None, sft_config=None, extras=None
 ) -> Prediction:
     """The bytes of a training run, from its configs alone.
 
     model_config: a LlamaConfig or a name of models.SHAPES. bnb_config: a 4-bit
     BitsAndBytesConfig; without it weights are as model_config.dtype says (16-bit, or
-    fp32). lora_config: without it every weight trains. sft_config must be given. Rows
-    count as full: `max_length` tokens, no padding, loss on each.
+    fp32). lora_config: without it every weight trains. sft_config must be given; rows
+    count as full: `max_length` tokens, no padding, loss on each. extras: an Extras.
 
     On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
     after the first. Raises TypeError or ValueError, naming the setting, for a setting
@@ -89,15 +85,12 @@ def predict_plan(plan: Plan) -> Prediction:
     if not plan.every:  # it is not gone through again
         del moments["first layer: forward, down_proj"]
     if not plan.targets:
-        waiting = 2 * of_head if tied else 0
-        moments["the embedding, backward"] = {"gradients": gradients + waiting}
+        embedding = gradients + (2 * of_head if tied else 0)
+        moments["the embedding, backward"] = {"gradients": embedding}
     # On a GPU, torch's AdamW without `fused` holds the square roots for all tensors at
     # once. Source: torch/optim/adam.py, _multi_tensor_adam.
-    all_at_once = plan.optim == "adamw_torch" and plan.on_gpu
-    moments["the optimizer's step"] = {
-        "gradients": gradients,
-        "square roots": gradients if all_at_once else 0,
-    }
+    roots = gradients if plan.optim == "adamw_torch" and plan.on_gpu else 0
+    moments["the optimizer's step"] = {"gradients": gradients, "square roots": roots}
     always = {
         "base weights": sum(weights.values()),
         "adapters": gradients if plan.targets else 0,  # gradients have their size
