@@ -124,7 +124,7 @@ def of_recipe(
     # a model that was loaded in 4 bits has its own config; the recipe's is used instead
     loaded = getattr(config, "quantization_config", None)
     if not isinstance(loaded, BitsAndBytesConfig | None):
-        raise ValueError("model is already quantized: give the one it was made from")
+        raise ValueError("model is already quantized: give what it was made from")
     return planned_run.Plan(
         config=config,
         four_bit=method == "qlora",

@@ -126,7 +126,8 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         # a BitsAndBytesConfig shows all of its settings, and cannot be compared
         (
             loaded is not None and repr(loaded) != repr(bnb_config),
-            "model_config.quantization_config is not the bnb_config: give it as such",
+            "model_config.quantization_config is not the bnb_config: give the one that "
+            "the model was loaded with",
         ),
         (bnb_config and not lora_config, "4-bit weights cannot train: set lora_config"),
         (len(set(dtypes.values())) > 1, f"dtypes differ: {dtypes}; make them the same"),
