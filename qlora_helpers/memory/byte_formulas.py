@@ -6,7 +6,7 @@ kernels/chunked_logprob.py. rehearse.py runs that code on tensors without data, 
 tests hold the formulas to it.
 """
 
-import torch
+from collections import Counter
 
 from qlora_helpers.memory.planned_run import OPTIMIZERS, Plan
 from qlora_helpers.models.shapes import projections
@@ -15,24 +15,16 @@ from qlora_helpers.nf4 import BLOCK, SCALE_BLOCK
 HEAD_TOKENS, HEAD_VOCAB = 4096, 32768  # the tile of logits of TRL's fused loss
 EIGHT_BIT_SMALLEST = 4096  # numbers; a smaller tensor's states stay in fp32
 PAGED_SMALLEST = 100_000  # numbers of a state that bitsandbytes pages
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
-
-
-def rounding(device):
-    """How torch's allocator rounds: to blocks of 512 bytes on CUDA, on a CPU not."""
-    return lambda size: -(-size // 512) * 512 if device == "cuda" else size
 
 
 def weight_bytes(plan: Plan) -> dict[str, int]:
     """Bytes of the base model, by kind; exact."""
-    up, config = rounding(plan.extras.device), plan.config
-    plain = 4 if plan.extras.kbit_casts else plan.compute
-    found = {"packed": 0, "scales": 0, "tables": 0, "linear": 0}
+    up, config, found = plan.up, plan.config, Counter()
     for out, inside in projections(config).values():
         size = out * inside
         blocks = -(-size // BLOCK)
         if not plan.four_bit:
-            found["linear"] += up(size * plain)
+            found["linear"] += up(size * plan.between)
             continue
         found["packed"] += up(-(-size // 2))
         found["scales"] += up(blocks if plan.double else 4 * blocks)
@@ -40,14 +32,17 @@ def weight_bytes(plan: Plan) -> dict[str, int]:
         if plan.double:
             found["scales"] += up(4 * -(-blocks // SCALE_BLOCK))
             found["tables"] += up(256 * 4) + up(4)  # and the offset
-    found = {kind: config.num_hidden_layers * size for kind, size in found.items()}
-    ends = 1 if config.tie_word_embeddings else 2
-    found["embedding, output"] = ends * up(
-        plain * config.vocab_size * config.hidden_size
-    )
-    norms = 2 * config.num_hidden_layers + 1
-    found["norms"] = norms * up(plain * config.hidden_size)
-    return {kind: size for kind, size in found.items() if size}
+    layers, h = config.num_hidden_layers, config.hidden_size
+    end = up(plan.between * config.vocab_size * h)
+    return {kind: layers * size for kind, size in found.items()} | {
+        "embedding, output": _ends(config) * end,
+        "norms": (2 * layers + 1) * up(plan.between * h),
+    }
+
+
+def _ends(config) -> int:
+    """How many weights have the vocabulary's size: an untied head is the second."""
+    return 1 if config.tie_word_embeddings else 2
 
 
 def trained_tensors(plan: Plan) -> list[int]:
@@ -58,37 +53,29 @@ def trained_tensors(plan: Plan) -> list[int]:
         return config.num_hidden_layers * layer
     h = config.hidden_size
     layer = [out * inside for out, inside in shapes.values()] + [h, h]
-    ends = (1 if config.tie_word_embeddings else 2) * [config.vocab_size * h]
+    ends = _ends(config) * [config.vocab_size * h]
     return config.num_hidden_layers * layer + ends + [h]
-
-
-def trained_itemsize(plan: Plan) -> int:
-    """Bytes of a number of a trained tensor."""
-    return plan.extras.adapter_dtype.itemsize if plan.targets else plan.compute
 
 
 def gradient_bytes(plan: Plan) -> int:
     """Bytes of all gradients; each has its tensor's shape and dtype."""
-    up, size = rounding(plan.extras.device), trained_itemsize(plan)
-    return sum(up(count * size) for count in trained_tensors(plan))
+    return sum(plan.up(count * plan.trained) for count in trained_tensors(plan))
 
 
 def optimizer_bytes(plan: Plan) -> tuple[int, int]:
     """Bytes of Adam's states: (counted by torch, in managed memory)."""
-    cuda, size = plan.extras.device == "cuda", OPTIMIZERS[plan.optim]
-    up, held, paged = rounding(plan.extras.device), 0, 0
-    tensors = trained_tensors(plan)
+    up, size, tensors = plan.up, OPTIMIZERS[plan.optim], trained_tensors(plan)
     # An embedding that trains keeps 32-bit states: transformers/trainer.py,
     # create_optimizer. Behind it come an untied head and the last norm.
-    behind = 1 if plan.config.tie_word_embeddings else 2
-    embedding = -1 if plan.targets else len(tensors) - 1 - behind
+    embedding = None if plan.targets else len(tensors) - 1 - _ends(plan.config)
+    held = paged = 0
     for i, count in enumerate(tensors):
-        if size is None:
-            held += 2 * up(count * trained_itemsize(plan)) + up(4)  # and its step
+        if not size:
+            held += 2 * up(count * plan.trained) + up(4)  # and its step
             continue
         eight_bit = size == 1 and count >= EIGHT_BIT_SMALLEST and i != embedding
         states = 2 * up(count * (1 if eight_bit else 4))
-        if cuda and "paged" in plan.optim and count >= PAGED_SMALLEST:
+        if plan.on_gpu and "paged" in plan.optim and count >= PAGED_SMALLEST:
             paged += states
         else:
             held += states
@@ -98,44 +85,28 @@ def optimizer_bytes(plan: Plan) -> tuple[int, int]:
     return held, paged
 
 
-def step_bytes(plan: Plan) -> int:
-    """What torch's AdamW holds for all tensors at once while it steps.
-
-    Without `fused`, on a GPU. Source: torch/optim/adam.py, _multi_tensor_adam.
-    """
-    all_at_once = plan.optim == "adamw_torch" and plan.extras.device == "cuda"
-    return gradient_bytes(plan) if all_at_once else 0
-
-
-def between_layers(plan: Plan) -> int:
-    """Bytes of a number that passes from layer to layer: fp32 after the kbit casts."""
-    return 4 if plan.extras.kbit_casts else plan.compute
-
-
 def layer_bytes(plan: Plan) -> int:
     """What one layer keeps for its backward pass."""
-    config, c, e = plan.config, plan.compute, between_layers(plan)
-    shapes = projections(config)
+    config, c, shapes = plan.config, plan.compute, projections(plan.config)
     h, f = config.hidden_size, config.intermediate_size
     q, kv = shapes["q_proj"][0], shapes["k_proj"][0]
     if plan.repeat_kv and config.num_key_value_heads > 1:  # a single head is not copied
         kv = q
     token = 2 * (4 * h + 4)  # what goes into the two norms, in fp32; 1 / rms
     token += c * (2 * q + 2 * kv) + 4 * config.num_attention_heads  # attention
-    token += 3 * e * f  # gate, silu(gate), up
+    token += 3 * plan.between * f  # gate, silu(gate), up
     if not plan.targets:
         token += 2 * c * h  # the norms' results before their weights
     # What an adapter multiplies: q, k and v share it, as do gate and up.
-    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        using = [n for n in names if n in plan.targets or not plan.targets]
-        token += h * _kept_input(plan, len(using))
-    if "down_proj" in plan.targets or not plan.targets:
-        token += f * _kept_input(plan, 1)
+    using = plan.targets or shapes
+    for names in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
+        token += h * _kept_input(plan, sum(name in using for name in names))
+    token += f * _kept_input(plan, int("down_proj" in using))
     if "o_proj" in plan.targets and (plan.dropout or _casts_inputs(plan)):
         token += q * _kept_input(plan, 1)  # else attention keeps it already
     token += c * plan.r * len(plan.targets)  # the adapters' middle
-    total = token * plan.rows * plan.length
-    if plan.targets and trained_itemsize(plan) != c:  # their 16-bit copies
+    total = token * plan.tokens
+    if plan.targets and c < 4:  # their 16-bit copies
         total += c * sum(trained_tensors(plan)) // config.num_hidden_layers
     return total
 
@@ -145,70 +116,68 @@ def _casts_inputs(plan: Plan) -> bool:
 
     For 4-bit layers it asks first whether autocast is on, for CUDA alone.
     """
-    asks = plan.four_bit and plan.extras.device == "cuda"
-    return bool(plan.targets) and plan.compute < trained_itemsize(plan) and not asks
+    asks = plan.four_bit and plan.on_gpu
+    return bool(plan.targets) and plan.compute < 4 and not asks
 
 
-def _mask(plan) -> int:
+def _mask(plan: Plan) -> int:
     """Bytes of one number of a dropout's mask, which a CPU keeps as a number."""
-    if not plan.dropout or plan.extras.device == "cuda":
+    if not plan.dropout or plan.on_gpu:
         return int(plan.dropout)
     return 4 if _casts_inputs(plan) else plan.compute
 
 
-def _kept_input(plan, users) -> int:
+def _kept_input(plan: Plan, users: int) -> int:
     """Bytes of one number of what `users` adapters multiply."""
-    c = plan.compute
     if plan.dropout:  # each its own
-        return users * (c + _mask(plan))
-    each_its_own = _casts_inputs(plan) or between_layers(plan) != c
-    return c * (users if each_its_own else min(users, 1))
+        return users * (plan.compute + _mask(plan))
+    each_its_own = _casts_inputs(plan) or plan.between != plan.compute
+    return plan.compute * (users if each_its_own else min(users, 1))
 
 
 def activation_bytes(plan: Plan) -> tuple[int, int, int]:
     """(what all layers keep, what the last one makes again, what the first holds)."""
-    config, tokens = plan.config, plan.rows * plan.length
-    layers, layer = config.num_hidden_layers, layer_bytes(plan)
-    checkpoint = between_layers(plan) * config.hidden_size * tokens
+    config, layer = plan.config, layer_bytes(plan)
+    layers, h = config.num_hidden_layers, config.hidden_size
     if not plan.every:
         kept = layers * layer
         if plan.targets:  # frozen embeddings: nothing goes back through the first norm
             users = len({"q_proj", "k_proj", "v_proj"} & set(plan.targets))
-            kept -= (config.hidden_size * (4 + users * _mask(plan)) + 4) * tokens
+            kept -= (h * (4 + users * _mask(plan)) + 4) * plan.tokens
         return kept, 0, layer
+    checkpoint = plan.between * h * plan.tokens
     checkpointed = -(-layers // plan.every)
     kept = checkpointed * checkpoint + (layers - checkpointed) * layer
-    again = layer
-    if between_layers(plan) == 4:
-        again -= checkpoint  # it is the norm's input
+    # in fp32 the checkpoint is the norm's input
+    again = layer - (checkpoint if plan.between == 4 else 0)
     last = again if (layers - 1) % plan.every == 0 else 0
     return kept, last, checkpoint + again
 
 
 def end_bytes(plan: Plan) -> int:
     """What the last norm, the head and the rotary tables keep."""
-    config, e = plan.config, between_layers(plan)
-    head = projections(config)["q_proj"][0] // config.num_attention_heads
-    token = 4 * config.hidden_size + 4
+    h = plan.config.hidden_size
+    head = projections(plan.config)["q_proj"][0] // plan.config.num_attention_heads
+    token = 4 * h + 4
     if not (plan.full_logits and plan.targets):  # the fused loss keeps its input
-        token += e * config.hidden_size
+        token += plan.between * h
     if not plan.targets:
-        token += plan.compute * config.hidden_size
-    return token * plan.rows * plan.length + 2 * e * head * plan.length
+        token += plan.compute * h
+    return token * plan.tokens + 2 * plan.between * head * plan.length
 
 
 def loss_bytes(plan: Plan) -> tuple[int, int]:
     """What the loss holds in its backward pass, and the head's gradient after it."""
-    config, c, e = plan.config, plan.compute, between_layers(plan)
-    h, vocab = config.hidden_size, config.vocab_size
+    c, e = plan.compute, plan.between
+    h, vocab = plan.config.hidden_size, plan.config.vocab_size
     gradient = 0 if plan.targets else c * vocab * h
     if plan.full_logits:  # log-probabilities and two gradients, in fp32
-        return 12 * vocab * plan.rows * plan.length, gradient
+        return 12 * vocab * plan.tokens, gradient
     labels = plan.rows * (plan.length - 1)
     at_once, width = min(HEAD_TOKENS, labels), min(HEAD_VOCAB, vocab)
     held = c * HEAD_VOCAB * at_once  # the tile
     held += (4 + (e if e < 4 else 0)) * h * labels  # its gradient, then as it came
-    if plan.extras.device == "cpu":  # many operations on the tile, not one kernel
+    if not plan.on_gpu:  # many operations on the tile, not one kernel
         product = 4 * width * (at_once + h) if c < 4 else 0  # of fp32 copies
         held += max(29 * width * at_once, product)
     if e != c:
@@ -227,9 +196,9 @@ def turning_bytes(plan: Plan) -> dict[str, tuple[int, int]]:
 
     {moment: (activations, dequantized weight)}
     """
-    config, e, c = plan.config, between_layers(plan), plan.compute
-    h, f, tokens = config.hidden_size, config.intermediate_size, plan.rows * plan.length
-    wide, incoming = f * tokens, e * h * tokens
+    c, e = plan.compute, plan.between
+    h, f = plan.config.hidden_size, plan.config.intermediate_size
+    wide, incoming = f * plan.tokens, e * h * plan.tokens
     scratch = dequantized_bytes((h, f), c, plan.double) if plan.four_bit else 0
     adapted = "down_proj" in plan.targets
     product = c * wide if adapted else 0  # is let go of
@@ -239,11 +208,9 @@ def turning_bytes(plan: Plan) -> dict[str, tuple[int, int]]:
         again += e * wide
     if _casts_inputs(plan) and adapted:
         again += (4 + e) * wide + 2 * incoming
+    back = incoming - product + matrix
     return {
         "forward, down_proj": (again, scratch),
-        "backward, down_proj": (
-            incoming + e * wide * (2 if adapted else 1) - product + matrix,
-            scratch,
-        ),
-        "backward, SwiGLU": (incoming + 3 * e * wide - product + matrix, 0),
+        "backward, down_proj": (back + e * wide * (2 if adapted else 1), scratch),
+        "backward, SwiGLU": (back + 3 * e * wide, 0),
     }

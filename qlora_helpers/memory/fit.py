@@ -3,11 +3,14 @@
 import bisect
 from typing import NamedTuple
 
+from transformers import BitsAndBytesConfig
+
 from qlora_helpers import env, models
 from qlora_helpers.env import check_whole
+from qlora_helpers.memory import planned_run
 from qlora_helpers.memory.byte_formulas import weight_bytes
-from qlora_helpers.memory.planned_run import METHODS, of_recipe
 from qlora_helpers.memory.prediction import Prediction, predict_plan
+from qlora_helpers.models.shapes import PROJECTIONS
 
 # What CUDA takes beside torch, in GiB: 0.75 to 0.89 in data/measured/memory_grid.json,
 # on an H200; no other card was measured.
@@ -19,6 +22,7 @@ HOST_GIB = 3.0  # of the process: at most 2.9 on an H200 (data/measured/notebook
 # While a model is loaded: two copies of its largest 16-bit tensor, more than was seen
 # on a CPU (data/measured/loading.json); the files themselves are mapped.
 COPIES = 2
+RANK = 16  # of the recipe's adapters
 KINDS = ("bf16", "fp16")  # kinds of GPU that env.profile_of knows; a T4 is "fp16"
 
 
@@ -54,45 +58,43 @@ def will_it_fit(
     room = _room(gpu_gib, kind)
     config = models.config_of(model)
     name = f"a Llama of width {config.hidden_size}" if config is model else model
-    longest = config.max_position_embeddings
-    if length > longest:
+    if length > config.max_position_embeddings:
         raise ValueError(
             f"length is {length:,}, but {name} was made for rows of at most "
-            f"{longest:,} tokens: give a shorter length"
+            f"{config.max_position_embeddings:,} tokens: give a shorter length"
         )
-
-    def most_rows(method):
-        def fits(rows):
-            return _needed(_predicted(config, method, rows, length, kind)) <= room
-
-        return _most(batch, fits)
-
-    prediction = _predicted(config, method, batch, length, kind)
-    needed = _needed(prediction)
-    fits = needed <= room
-    disk, ram = _loading(config)
+    plan = of_recipe(config, method, batch, length, kind)
+    prediction, needed = predict_plan(plan), _needed(plan)
+    # 16-bit files and, while they are loaded, the process and its largest tensors
+    files = weight_bytes(of_recipe(config, "lora", 1, 1, "bf16"))
+    tensors = [out * inside for out, inside in models.projections(config).values()]
+    largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
+    disk = sum(files.values()) / env.GIB
+    ram = HOST_GIB + COPIES * largest / env.GIB
     sentence = (
-        f"{name}, {METHODS[method]}, {batch} x {length:,} tokens in {kind}: "
-        f"{'fits' if fits else 'does not fit'}. Torch's peak is "
+        f"{name}, {planned_run.METHODS[method]}, {batch} x {length:,} tokens in "
+        f"{kind}: {'fits' if needed <= room else 'does not fit'}. Torch's peak is "
         f"{prediction.peak / env.GIB:.1f} GiB ({prediction.moment}), or about "
         f"{needed / env.GIB:.1f} GiB with what its allocator wastes. CUDA takes about "
         f"{CONTEXT_GIB} GiB more, and the card has {gpu_gib:g} GiB. Loading takes "
         f"{disk:.1f} GiB of disk and {ram:.1f} GiB of RAM."
     )
-    if not fits:
+    if needed > room:
         changes = []
-        if rows := most_rows(method):
+        if rows := _most(plan, room, "rows", range(1, batch + 1)):
             changes.append(_at_most(rows))
         elif shorter := longest_row(config, gpu_gib, method, kind):
             changes.append(f"rows of at most {shorter:,} tokens, 1 at a time")
-        if method != "qlora" and (rows := most_rows("qlora")):
+        qlora = of_recipe(config, "qlora", batch, length, kind)
+        rows = _most(qlora, room, "rows", range(1, batch + 1))
+        if method != "qlora" and rows:
             changes.append(f"QLoRA{f' and {_at_most(rows)}' if rows < batch else ''}")
         sentence += (
             f" It fits with {', or with '.join(changes)}."
             if changes
             else " Choose a smaller model or a larger card."
         )
-    return Fit(fits, sentence, prediction, needed / env.GIB, disk, ram)
+    return Fit(needed <= room, sentence, prediction, needed / env.GIB, disk, ram)
 
 
 def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
@@ -101,22 +103,51 @@ def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
     Tries steps of 64 up to what the model was made for. Takes and raises what
     will_it_fit does.
     """
-    room = _room(gpu_gib, kind)
-    config = models.config_of(model)
+    room, config = _room(gpu_gib, kind), models.config_of(model)
+    plan = of_recipe(config, method, 1, 64, kind)
+    lengths = range(64, config.max_position_embeddings + 1, 64)
+    return 64 * _most(plan, room, "length", lengths)
 
-    def fits(steps):
-        return _needed(_predicted(config, method, 1, 64 * steps, kind)) <= room
 
-    return 64 * _most(config.max_position_embeddings // 64, fits)
+def of_recipe(
+    config, method: str, rows: int, length: int, kind: str
+) -> planned_run.Plan:
+    """What `read` makes of `train.configs`, without importing TRL.
+
+    config: a LlamaConfig. method: one of METHODS. kind: "bf16" or "fp16".
+    """
+    planned_run.check_method(method)
+    planned_run.refuse_uncounted("model_config", config, "LlamaConfig")
+    machine, full = env.profile_of(kind), method == "full"
+    if full and machine.fp16:
+        raise ValueError(planned_run.FULL_IN_FP16)
+    # a model that was loaded in 4 bits has its own config; the recipe's is used instead
+    loaded = getattr(config, "quantization_config", None)
+    if not isinstance(loaded, BitsAndBytesConfig | None):
+        raise ValueError("model is already quantized: give what it was made from")
+    return planned_run.Plan(
+        config=config,
+        four_bit=method == "qlora",
+        double=method == "qlora",
+        targets=() if full else tuple(PROJECTIONS),
+        r=0 if full else RANK,
+        rows=rows,
+        length=length,
+        compute=machine.compute_dtype.itemsize,
+        optim=planned_run.FULL_OPTIMIZER if full else machine.optim,
+        repeat_kv=machine.fp16,
+    )
+
+
+def _most(plan, room, what, sizes) -> int:
+    """How many of the ascending sizes of a plan's rows, or of its length, fit."""
+    return bisect.bisect(
+        sizes, room, key=lambda size: _needed(plan._replace(**{what: size}))
+    )
 
 
 def _at_most(rows) -> str:
     return f"at most {rows} row{'s' if rows > 1 else ''} at a time"
-
-
-def _most(limit, fits) -> int:
-    """The largest number up to `limit` that fits; 0 if 1 does not fit."""
-    return bisect.bisect(range(1, limit + 1), False, key=lambda n: not fits(n))
 
 
 def _room(gpu_gib, kind) -> float:
@@ -127,23 +158,9 @@ def _room(gpu_gib, kind) -> float:
     return (gpu_gib - CONTEXT_GIB) * env.GIB
 
 
-def _predicted(config, method, batch, length, kind):
-    """The prediction of what the recipe takes on a GPU of that kind."""
-    return predict_plan(of_recipe(config, method, batch, length, kind))
-
-
-def _needed(prediction) -> float:
+def _needed(plan) -> float:
     """Bytes that torch needs: its peak plus about what its allocator wastes."""
-    kinds = prediction.kinds
+    prediction = predict_plan(plan)
     stays = ("base weights", "adapters", "optimizer", "workspaces")
-    passing = prediction.peak - sum(kinds[kind] for kind in stays)
+    passing = prediction.peak - sum(prediction.kinds[kind] for kind in stays)
     return prediction.peak + RESERVE * passing
-
-
-def _loading(config) -> tuple[float, float]:
-    """GiB of the 16-bit files, and of the host's memory while they are loaded."""
-    weights = weight_bytes(of_recipe(config, "lora", 1, 1, "bf16"))
-    tensors = [out * inside for out, inside in models.projections(config).values()]
-    largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
-    ram = HOST_GIB + COPIES * largest / env.GIB
-    return sum(weights.values()) / env.GIB, ram

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_helpers import env
-from qlora_helpers.memory import byte_formulas
+from qlora_helpers.memory.byte_formulas import dequantized_bytes
+from qlora_helpers.memory.planned_run import in_blocks
 
 
 def stored_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
@@ -33,19 +34,18 @@ def tensor_bytes(parameter: torch.Tensor) -> int:
 def state_bytes(model, optimizer) -> dict[str, int]:
     """Bytes that a run keeps from step to step, by kind, counted on its tensors.
 
-    Gradients are gone between two steps, so they are not counted but inferred: each
-    trained parameter has one of its own shape and dtype. A tensor that several share,
-    as 8-bit states share their code, counts once.
+    Gradients are gone between two steps, so each trained parameter counts as one of its
+    own shape and dtype. A tensor that several states share counts once.
     """
-    parameters = list(model.parameters())
-    states = {id(t): t for s in optimizer.state.values() for t in s.values()}
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    once = {id(t): t.nbytes for t in states if isinstance(t, torch.Tensor)}
     return {
-        "base model": sum(tensor_bytes(p) for p in parameters if not p.requires_grad),
-        "adapters": sum(p.nbytes for p in parameters if p.requires_grad),
-        "gradients": sum(p.nbytes for p in parameters if p.requires_grad),
-        "optimizer": sum(
-            t.nbytes for t in states.values() if isinstance(t, torch.Tensor)
-        ),
+        "base model": sum(tensor_bytes(parameter) for parameter in frozen),
+        "adapters": trained,
+        "gradients": trained,
+        "optimizer": sum(once.values()),
     }
 
 
@@ -68,17 +68,12 @@ def may_take() -> int:
     """Bytes that torch may still take on this GPU.
 
     That is the driver's free memory plus what torch has reserved but does not use, and
-    at most what torch's own limit (hold_to) leaves. Raises RuntimeError without a GPU.
+    at most what torch's own limit (hold_to) leaves. Raises ValueError without a GPU.
     """
     device = env.profile().device
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"there is no GPU here, only {device.type!r}: call may_take on a GPU"
-        )
+    free, whole = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
-    free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - used
-    whole = torch.cuda.get_device_properties(device).total_memory
     limit = torch.cuda.get_per_process_memory_fraction(device) * whole
     return max(0, min(free, int(limit) - used))
 
@@ -87,46 +82,40 @@ def may_take() -> int:
 def peak():
     """Yield a dict that holds `bytes` at the end: the most held while it was open.
 
-    On a GPU it is what torch allocated there; on a CPU, where torch keeps no count,
-    the resident memory of the whole process, libraries included, seen ten times a
-    second.
+    On a GPU it is what torch allocated there. On a CPU, where torch keeps no count, it
+    is the resident memory of the whole process, seen ten times a second.
     """
-    found = {}
-    device = env.profile().device
+    device, process = env.profile().device, psutil.Process()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        found = {}
         yield found
         found["bytes"] = torch.cuda.max_memory_allocated(device)
-        return
-    process = psutil.Process()
-    with _watch(found, lambda: process.memory_info().rss, seconds=0.1):
-        yield found
+    else:
+        with _most(lambda: process.memory_info().rss, seconds=0.1) as found:
+            yield found
 
 
-@contextlib.contextmanager
 def private_peak():
     """Yield a dict that holds `bytes` at the end: the most that was held on top.
 
-    Counted is what this process held more than when it was opened, of memory that no
-    file backs (on Windows and macOS: of all its memory), seen 200 times a second. A
-    mapped file's pages are the system's, which drops them when it must.
+    Only memory that no file backs counts (on Windows and macOS: all of the process's
+    memory), because the system drops a mapped file's pages when it must.
     """
-    process, found = psutil.Process(), {}
+    process = psutil.Process()
 
     def private():
         info = process.memory_info()
         return info.rss - getattr(info, "shared", 0)
 
     before = private()
-    with _watch(found, lambda: private() - before, seconds=0.005):
-        yield found
+    return _most(lambda: private() - before, seconds=0.005)
 
 
 @contextlib.contextmanager
-def _watch(found, read, seconds):
-    """Keep the largest of what `read()` gives every so many seconds in `found`."""
-    done = threading.Event()
-    found["bytes"] = read()
+def _most(read, seconds):
+    """Yield a dict whose `bytes` is the largest of what `read()` gave until the end."""
+    found, done = {"bytes": read()}, threading.Event()
 
     def watch():
         while not done.wait(seconds):
@@ -135,7 +124,7 @@ def _watch(found, read, seconds):
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield found
     finally:
         done.set()
         watcher.join()
@@ -144,8 +133,8 @@ def _watch(found, read, seconds):
 class Ledger(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is open, each storage once.
 
-    `now` and `peak` are bytes. torch's own MemTracker is private, and it does not see
-    the weight that bitsandbytes dequantizes within one operation.
+    `now` and `peak` are bytes. torch's MemTracker cannot take its place: it registers a
+    gradient hook on every parameter, which raises at the first frozen one (torch 2.13).
     """
 
     def __init__(self, round_up=lambda size: size):
@@ -154,10 +143,17 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.within(function, args, kwargs or {}, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.enter(tensor.untyped_storage())
+        # bitsandbytes dequantizes the weight inside of this operation where x has more
+        # rows; for fewer a kernel reads the packed weight. Source:
+        # bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback.
+        if function is torch.ops.bitsandbytes.gemm_4bit.default:
+            x, _, shape = args[:3]
+            if x.numel() // x.shape[-1] > 1536:
+                scratch = dequantized_bytes(shape, x.itemsize)
+                self.peak = max(self.peak, self.now + scratch)
         return result
 
     def enter(self, storage):
@@ -173,20 +169,6 @@ class Ledger(TorchDispatchMode):
     def leave(self, key):
         self.now -= self.sizes.pop(key)
 
-    def within(self, function, args, kwargs, result):
-        """Count the weight that bitsandbytes dequantizes inside of one operation.
-
-        Source: bitsandbytes/backends/cuda/ops.py, _dequant_linear_fallback: for more
-        than 1,536 rows; for fewer a kernel reads the packed weight.
-        """
-        if function is not torch.ops.bitsandbytes.gemm_4bit.default:
-            return
-        x, _, shape = args[:3]
-        if x.numel() // x.shape[-1] > 1536:
-            scratch = byte_formulas.dequantized_bytes(shape, x.itemsize)
-            inside = self.now + scratch + result.numel() * result.itemsize
-            self.peak = max(self.peak, inside)
-
 
 def measure(trainer) -> dict[str, int]:
     """Let a trainer train, and return the bytes that its run took, by kind.
@@ -198,20 +180,18 @@ def measure(trainer) -> dict[str, int]:
     took from the card.
     """
     device = env.profile().device
+    tensors = (t for p in trainer.model.parameters() for t in stored_tensors(p))
     if device.type == "cuda":
-        up = byte_formulas.rounding("cuda")
-        own = (t for p in trainer.model.parameters() for t in stored_tensors(p))
-        own = sum(up(tensor.nbytes) for tensor in own)
         torch._C._cuda_clearCublasWorkspaces()  # an earlier run's would count as others
+        own = sum(in_blocks(tensor.nbytes) for tensor in tensors)
         others = max(0, torch.cuda.memory_allocated(device) - own)  # another model's
         with peak() as found:
             trainer.train()
         most = found["bytes"] - others
     else:
         ledger = Ledger()
-        for parameter in trainer.model.parameters():
-            for tensor in stored_tensors(parameter):
-                ledger.enter(tensor.untyped_storage())
+        for tensor in tensors:
+            ledger.enter(tensor.untyped_storage())
         with ledger:
             trainer.train()
         most = ledger.peak

@@ -1,63 +1,55 @@
-"""A planned training run, read from its configs; contradictions are refused."""
+"""A planned training run, read from its configs; what no formula counts is refused."""
 
-import warnings
-from typing import NamedTuple
+import dataclasses
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from transformers import BitsAndBytesConfig, LlamaConfig
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from qlora_helpers import env, models
+from qlora_helpers import models
 from qlora_helpers.env import check_whole
-from qlora_helpers.memory.allowed_settings import (
-    checkpointing_of,
-    refuse_uncounted,
-    same_quantization,
-    targets_of,
-)
 from qlora_helpers.models.shapes import PROJECTIONS
 
 # From 1.15 on TRL's loss never makes all logits at once; the formulas are of this one,
 # with transformers 5.17 and PEFT 0.21 beside it.
-FUSED_LOSS = env.version_tuple(env.versions(["trl"])["trl"]) >= (1, 15)
+FUSED_LOSS = Version(version("trl")).release >= (1, 15)
 
-# bytes of each of Adam's two states for one number; None: in the tensor's own dtype
-OPTIMIZERS = {
-    "adamw_torch": None,
-    "adamw_torch_fused": None,
-    "adamw_bnb_8bit": 1,
-    "adamw_8bit": 1,
-    "paged_adamw_8bit": 1,
-    "paged_adamw_32bit": 4,
+TABLES = tomllib.loads(Path(__file__).with_name("settings.toml").read_text("utf-8"))
+OPTIMIZERS = TABLES.pop("optimizers")
+HARMLESS_VALUES = TABLES.pop("harmless_values") | {
+    "accelerator_config": [AcceleratorConfig()],
+    "pad_to_multiple_of": [None],  # what SFTConfig makes of "auto"
 }
-
-# Whole numbers of a LlamaConfig that every formula starts from.
-SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers
-num_attention_heads num_key_value_heads""".split()
+# These settings of a LlamaConfig are not fields of its class.
+ATTRIBUTES = {"output_attentions": False, "_attn_implementation": None}
 
 METHODS = {
     "qlora": "QLoRA",
     "lora": "LoRA on 16-bit weights",
     "full": "full fine-tuning in 16 bits",
 }
-OTHER_QUANTIZATION = (
-    "model_config.quantization_config is not the bnb_config: give the one that the "
-    "model was loaded with as bnb_config"
-)
+FULL_OPTIMIZER = "adamw_torch_fused"  # of full fine-tuning: transformers' default
+
 FULL_IN_FP16 = (
     "full fine-tuning of 16-bit weights does not work in fp16, because torch's "
     "GradScaler takes no fp16 gradients: give a lora_config, or train in bf16"
 )
-RANK = 16  # of the recipe's adapters
-FULL_OPTIMIZER = "adamw_torch_fused"  # of full fine-tuning: transformers' default
 
 
-class Extras(NamedTuple):
+@strict
+@dataclasses.dataclass
+class Extras:
     """What changes a run's bytes and stands in none of the libraries' configs."""
 
-    device: str = "cuda"  # where it will run, "cuda" or "cpu"
+    device: Literal["cuda", "cpu"] = "cuda"  # where it will run
     full_logits: bool = False  # a loss on all logits at once; always so before TRL 1.15
     kbit_casts: bool = False  # prepare_model_for_kbit_training was called
-    adapter_dtype: torch.dtype = torch.float32  # TRL left alone takes bf16
     # True: attention repeats keys and values that heads share. None: as the recipe
     # does, which repeats them in fp16, for GPUs without flash attention.
     repeat_kv: bool | None = None
@@ -71,138 +63,96 @@ class Plan(NamedTuple):
     double: bool  # double quantization
     targets: tuple  # names of the projections with an adapter; (): all weights train
     r: int
-    dropout: bool
     rows: int
     length: int  # tokens of a row
-    every: int  # 1: each layer is checkpointed, 2: every second one; 0: none
     compute: int  # bytes of a number in the compute dtype
     optim: str
-    full_logits: bool
     repeat_kv: bool
-    accumulates: bool  # gradients of several batches before a step
-    extras: Extras
+    dropout: bool = False
+    every: int = 1  # 1: each layer is checkpointed, 2: every second one; 0: none
+    full_logits: bool = not FUSED_LOSS
+    accumulates: bool = False  # gradients of several batches before a step
+    extras: Extras = Extras()
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.extras.device == "cuda"
+
+    @property
+    def trained(self) -> int:
+        """Bytes of a number of a trained tensor."""
+        return 4 if self.targets else self.compute
+
+    @property
+    def between(self) -> int:
+        """Bytes of a number that passes between layers: fp32 after the kbit casts."""
+        return 4 if self.extras.kbit_casts else self.compute
+
+    def up(self, size: int) -> int:
+        """The bytes that torch's allocator takes for `size`."""
+        return in_blocks(size) if self.on_gpu else size
+
+
+def in_blocks(size: int) -> int:
+    """Bytes in the blocks of 512 that torch's allocator gives on CUDA."""
+    return -(-size // 512) * 512
 
 
 def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
-    """The run that the configs describe.
-
-    Raises TypeError or ValueError, naming the setting, for a setting that the formulas
-    do not count.
-    """
+    """The run that the configs describe; takes and raises what memory.predict does."""
     extras = Extras() if extras is None else extras
-    _check_extras(extras)
-    config = checked_model(model_config)
-    if sft_config is None:
-        raise TypeError("sft_config is missing: batch and length come from it")
-    refuse_uncounted("bnb_config", bnb_config, "BitsAndBytesConfig")
-    refuse_uncounted("lora_config", lora_config, "LoraConfig")
+    if not isinstance(extras, Extras):
+        raise TypeError(f"extras is {type(extras).__name__}: give an Extras or None")
+    named = isinstance(model_config, str)
+    config = models.llama_config(model_config) if named else model_config
+    refuse_uncounted("model_config", config, "LlamaConfig")
     refuse_uncounted("sft_config", sft_config, "SFTConfig")
-    loaded = getattr(config, "quantization_config", None)
-    if loaded is not None and not same_quantization(loaded, bnb_config):
-        raise ValueError(OTHER_QUANTIZATION)
-    rows, length = sft_config.per_device_train_batch_size, sft_config.max_length
-    check_whole("per_device_train_batch_size", rows)
-    check_whole("max_length", length)
-    check_whole("gradient_accumulation_steps", sft_config.gradient_accumulation_steps)
+    if bnb_config is not None:
+        refuse_uncounted("bnb_config", bnb_config, "BitsAndBytesConfig")
+    if lora_config is not None:
+        refuse_uncounted("lora_config", lora_config, "LoraConfig")
     mixed = torch.float16 if sft_config.fp16 else torch.float32
     mixed = torch.bfloat16 if sft_config.bf16 else mixed
-    dtype = config.dtype or mixed
+    dtypes = {"sft_config": mixed, "model_config.dtype": config.dtype or mixed}
     if bnb_config is not None:
-        if lora_config is None:
-            raise ValueError(
-                "4-bit weights cannot train: give a lora_config, or no bnb_config"
-            )
-        dtype = bnb_config.bnb_4bit_compute_dtype
-        if config.dtype not in (None, dtype):
-            raise ValueError(
-                f"model_config.dtype is {config.dtype}, in which embedding, head and "
-                f"norms would be, and bnb_4bit_compute_dtype is {dtype}: make them the "
-                "same"
-            )
-    if mixed != dtype:
-        raise ValueError(
-            f"weights compute in {dtype} and sft_config trains in {mixed} "
-            f"(bf16={sft_config.bf16}, fp16={sft_config.fp16}): make them the same"
-        )
-    if mixed == torch.float16 and lora_config is None:
-        raise ValueError(FULL_IN_FP16)
-    if extras.kbit_casts and bnb_config is None:
-        raise ValueError("extras.kbit_casts is for 4-bit models: give a bnb_config")
+        dtypes["bnb_4bit_compute_dtype"] = bnb_config.bnb_4bit_compute_dtype
     optim = getattr(sft_config.optim, "value", sft_config.optim)
-    if optim not in OPTIMIZERS:
-        raise ValueError(f"optim {optim!r} is not predicted: {list(OPTIMIZERS)} are")
+    loaded = getattr(config, "quantization_config", None)
+    for contradicts, words in [
+        # a BitsAndBytesConfig shows all of its settings, and cannot be compared
+        (
+            loaded is not None and repr(loaded) != repr(bnb_config),
+            "model_config.quantization_config is not the bnb_config: give the one that "
+            "the model was loaded with",
+        ),
+        (bnb_config and not lora_config, "4-bit weights cannot train: set lora_config"),
+        (len(set(dtypes.values())) > 1, f"dtypes differ: {dtypes}; make them the same"),
+        (sft_config.fp16 and not lora_config, FULL_IN_FP16),
+        (extras.kbit_casts and not bnb_config, "extras.kbit_casts needs a bnb_config"),
+        (optim not in OPTIMIZERS, f"optim is {optim!r}: take one of {[*OPTIMIZERS]}"),
+    ]:
+        if contradicts:
+            raise ValueError(words)
     return Plan(
         config=config,
         four_bit=bnb_config is not None,
-        double=bnb_config is not None and bnb_config.bnb_4bit_use_double_quant,
-        targets=targets_of(lora_config),
+        double=bool(bnb_config and bnb_config.bnb_4bit_use_double_quant),
+        targets=_targets_of(lora_config) if lora_config else (),
         r=lora_config.r if lora_config else 0,
-        dropout=bool(lora_config and lora_config.lora_dropout),
-        rows=rows,
-        length=length,
-        every=checkpointing_of(sft_config),
-        compute=dtype.itemsize,
+        rows=sft_config.per_device_train_batch_size,
+        length=sft_config.max_length,
+        compute=mixed.itemsize,
         optim=optim,
-        full_logits=extras.full_logits or not FUSED_LOSS,
         repeat_kv=sft_config.fp16 if extras.repeat_kv is None else extras.repeat_kv,
+        dropout=bool(lora_config and lora_config.lora_dropout),
+        every=_checkpointing_of(sft_config),
+        full_logits=extras.full_logits or not FUSED_LOSS,
         accumulates=sft_config.gradient_accumulation_steps > 1,
         extras=extras,
-    )
-
-
-def checked_model(config) -> LlamaConfig:
-    """The LlamaConfig that is given or named. Raises TypeError or ValueError."""
-    if not FUSED_LOSS:
-        warnings.warn(
-            "the byte formulas are those of TRL 1.15 and later: this older one keeps "
-            "more than they say",
-            stacklevel=4,
-        )
-    if isinstance(config, str):
-        config = models.llama_config(config)
-    if not isinstance(config, LlamaConfig):
-        raise TypeError(
-            f"model_config is {type(config).__name__}, expected a LlamaConfig or one "
-            f"of the shapes {list(models.SHAPES)}: other architectures keep other bytes"
-        )
-    refuse_uncounted("model_config", config, "LlamaConfig")
-    for name in SIZES:
-        check_whole(f"model_config.{name}", getattr(config, name))
-    return config
-
-
-def of_recipe(config, method: str, rows: int, length: int, kind: str) -> Plan:
-    """The run of the course's recipe on a GPU, without TRL's SFTConfig.
-
-    config: a LlamaConfig. method: one of METHODS. kind: "bf16" or "fp16". The plan is
-    what `read` makes of `train.configs`. Raises ValueError for an unknown method.
-    """
-    check_method(method)
-    config = checked_model(config)
-    machine = env.profile_of(kind)
-    full = method == "full"
-    if full and machine.fp16:
-        raise ValueError(FULL_IN_FP16)
-    # a model that was loaded in 4 bits has its own config; the recipe's is used instead
-    loaded = getattr(config, "quantization_config", None)
-    if not isinstance(loaded, BitsAndBytesConfig | None):
-        raise ValueError(OTHER_QUANTIZATION)
-    return Plan(
-        config=config,
-        four_bit=method == "qlora",
-        double=method == "qlora",
-        targets=() if full else tuple(PROJECTIONS),
-        r=0 if full else RANK,
-        dropout=False,
-        rows=rows,
-        length=length,
-        every=1,
-        compute=machine.compute_dtype.itemsize,
-        optim=FULL_OPTIMIZER if full else machine.optim,
-        full_logits=not FUSED_LOSS,
-        repeat_kv=machine.fp16,
-        accumulates=False,
-        extras=Extras(),
     )
 
 
@@ -212,19 +162,72 @@ def check_method(method) -> None:
         raise ValueError(f"method {method!r} is unknown: take one of {list(METHODS)}")
 
 
-def _check_extras(extras) -> None:
-    """Raise TypeError or ValueError, naming the field, unless all fields make sense."""
-    if not isinstance(extras, Extras):
-        raise TypeError(f"extras is {type(extras).__name__}: give an Extras or None")
-    if extras.device not in ("cuda", "cpu"):
-        raise ValueError(f"extras.device is {extras.device!r}, expected 'cuda', 'cpu'")
-    dtype = extras.adapter_dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+def refuse_uncounted(name, config, kind: str) -> None:
+    """Raise if `config` is not a `kind` or has a setting that no formula counts."""
+    # by name, because importing TRL for its SFTConfig would take seconds
+    if kind not in [parent.__name__ for parent in type(config).__mro__]:
+        raise TypeError(f"{name} is {type(config).__name__}, expected {kind}")
+    known = " ".join(TABLES[kind].values()).split()
+    for setting, default in defaults(config).items():
+        value = getattr(config, setting, default)
+        unset = value == default or not (value or default)  # None, False, [] and ""
+        harmless = value in HARMLESS_VALUES.get(setting, [])
+        if not (unset or harmless or setting in known):
+            raise ValueError(
+                f"{name}.{setting.lstrip('_')} is {getattr(value, 'value', value)!r}, "
+                f"whose effect cannot be predicted: leave the setting at {default!r}"
+            )
+    for setting in TABLES[kind]["whole"].split():
+        check_whole(f"{name}.{setting}", getattr(config, setting))
+
+
+def defaults(config) -> dict:
+    """The library's default of each setting of a config."""
+    if isinstance(config, BitsAndBytesConfig):  # not a dataclass
+        return vars(type(config)(load_in_4bit=True))
+    found = dict(ATTRIBUTES) if isinstance(config, LlamaConfig) else {}
+    for field in dataclasses.fields(config):
+        made = field.default_factory
+        found[field.name] = field.default if made is dataclasses.MISSING else made()
+    return found
+
+
+def _checkpointing_of(sft_config) -> int:
+    """Plan.every: how often a layer is checkpointed."""
+    found = {}
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(sft_config, name):  # the first is new in transformers 5.23
+            details = getattr(sft_config, f"{name}_kwargs") or {}
+            found[name] = dict(details) if getattr(sft_config, name) else None
+    chosen, *other = found.values()
+    if other not in ([], [chosen]):
         raise ValueError(
-            f"extras.adapter_dtype is {dtype!r}: give a floating torch.dtype"
+            f"sft_config contradicts itself: {found}; one is an alias of the other, "
+            "and only SFTConfig(...) copies it: give it there, do not set it later"
         )
-    for name in ("full_logits", "kbit_casts", "repeat_kv"):
-        value = getattr(extras, name)
-        if not isinstance(value, bool) and (name, value) != ("repeat_kv", None):
-            other = ", False or None" if name == "repeat_kv" else " or False"
-            raise ValueError(f"extras.{name} is {value!r}: give True{other}")
+    if chosen is None:
+        return 0
+    every = chosen.pop("every_n_layers", 1)
+    check_whole("every_n_layers", every)
+    if any(chosen.values()):
+        raise ValueError(
+            f"checkpointing with {chosen} cannot be predicted: give only "
+            "use_reentrant=False and every_n_layers"
+        )
+    return every
+
+
+def _targets_of(lora_config) -> tuple:
+    """The projections that get an adapter; the dropout is checked as well."""
+    dropout, wanted = lora_config.lora_dropout, lora_config.target_modules
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"lora_config.lora_dropout is {dropout!r}: give a share from 0 to below 1"
+        )
+    wanted = PROJECTIONS if wanted == "all-linear" else wanted
+    if not wanted or isinstance(wanted, str) or set(wanted) - set(PROJECTIONS):
+        raise ValueError(
+            f"target_modules is {wanted!r}, expected 'all-linear' or names of "
+            f"{PROJECTIONS}"
+        )
+    return tuple(name for name in PROJECTIONS if name in wanted)

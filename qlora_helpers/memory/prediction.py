@@ -1,9 +1,10 @@
 """Predict the bytes of a training run from its configs."""
 
+import warnings
 from typing import NamedTuple
 
 from qlora_helpers.memory import byte_formulas as formulas
-from qlora_helpers.memory.planned_run import Extras, Plan, read
+from qlora_helpers.memory.planned_run import FUSED_LOSS, Plan, read
 
 # cuBLAS on Hopper, for the forward and the backward thread: torch's default sizes, with
 # which data/measured/memory_grid.json agrees; other cards' are smaller.
@@ -35,19 +36,14 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    model_config,
-    bnb_config=None,
-    lora_config=None,
-    sft_config=None,
-    extras: Extras | None = None,
+    model_config, bnb_config=None, lora_config=None, sft_config=None, extras=None
 ) -> Prediction:
     """The bytes of a training run, from its configs alone.
 
     model_config: a LlamaConfig or a name of models.SHAPES. bnb_config: a 4-bit
-    BitsAndBytesConfig; left out, weights are as model_config.dtype says (16-bit, or
-    fp32). lora_config: left out, every weight trains. sft_config: batch, max_length,
-    optimizer, checkpointing, mixed precision; it must be given. Rows count as full:
-    `max_length` tokens, no padding, loss on each.
+    BitsAndBytesConfig; without it weights are as model_config.dtype says (16-bit, or
+    fp32). lora_config: without it every weight trains. sft_config must be given; rows
+    count as full: `max_length` tokens, no padding, loss on each. extras: an Extras.
 
     On a GPU the peak is that of torch's allocator (`max_memory_allocated`) in a step
     after the first. Raises TypeError or ValueError, naming the setting, for a setting
@@ -58,6 +54,8 @@ def predict(
 
 def predict_plan(plan: Plan) -> Prediction:
     """The bytes of a run that was read already, as `predict` gives them."""
+    if not FUSED_LOSS:
+        warnings.warn("TRL before 1.15 keeps more than is predicted", stacklevel=3)
     weights = formulas.weight_bytes(plan)
     gradients = formulas.gradient_bytes(plan)
     states, paged = formulas.optimizer_bytes(plan)
@@ -71,13 +69,8 @@ def predict_plan(plan: Plan) -> Prediction:
     ending = gradients - (0 if tied else of_head)
     if plan.accumulates:  # from the second batch on they are there all the time
         early = begun = ending = gradients
-    moments = {
-        "the loss, backward": {
-            "activations": kept + ends,
-            "logits and loss": in_loss,
-            "gradients": early,
-        }
-    }
+    backward = {"logits and loss": in_loss, "gradients": early}
+    moments = {"the loss, backward": {"activations": kept + ends} | backward}
     turns = formulas.turning_bytes(plan).items()
     for layer, held, of_layers in [
         ("last layer", kept + last, begun),
@@ -92,18 +85,17 @@ def predict_plan(plan: Plan) -> Prediction:
     if not plan.every:  # it is not gone through again
         del moments["first layer: forward, down_proj"]
     if not plan.targets:
-        moments["the embedding, backward"] = {
-            "gradients": gradients + (2 * of_head if tied else 0)
-        }
-    moments["the optimizer's step"] = {
-        "gradients": gradients,
-        "square roots": formulas.step_bytes(plan),
-    }
+        embedding = gradients + (2 * of_head if tied else 0)
+        moments["the embedding, backward"] = {"gradients": embedding}
+    # On a GPU, torch's AdamW without `fused` holds the square roots for all tensors at
+    # once. Source: torch/optim/adam.py, _multi_tensor_adam.
+    roots = gradients if plan.optim == "adamw_torch" and plan.on_gpu else 0
+    moments["the optimizer's step"] = {"gradients": gradients, "square roots": roots}
     always = {
         "base weights": sum(weights.values()),
         "adapters": gradients if plan.targets else 0,  # gradients have their size
         "optimizer": states,
-        "workspaces": WORKSPACES if plan.extras.device == "cuda" else 0,
+        "workspaces": WORKSPACES if plan.on_gpu else 0,
     }
     moments = {name: always | kinds for name, kinds in moments.items()}
     log_probabilities = in_loss // 3 if plan.full_logits else 0  # of three tensors
