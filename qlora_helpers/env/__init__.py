@@ -16,7 +16,6 @@ try:
         profile,
         profile_of,
         total_ram_gib,
-        version_tuple,
         versions,
     )
     from qlora_helpers.env.readiness import (
@@ -52,6 +51,5 @@ __all__ = [
     "return_freed_memory",
     "setup",
     "total_ram_gib",
-    "version_tuple",
     "versions",
 ]

@@ -1,7 +1,7 @@
 """A notebook's first cell: make the machine ready, or say what is missing."""
 
 import ctypes
-import importlib.metadata
+import importlib
 import logging
 import os
 import platform
@@ -11,25 +11,30 @@ import sys
 import warnings
 
 import torch
+from packaging.specifiers import SpecifierSet
 
 from qlora_helpers.env.machine import (
     GIB,
     TESTED,
     cache_dir,
-    describe,
     profile,
     total_ram_gib,
-    version_tuple,
     versions,
 )
 
 LEAST_RAM_GIB = 6  # the course takes at most 4; the rest is the system and a browser
 LEAST_DISK_GIB = 2  # wheel, GGUF and converted weights while the first one is made
+# of 07: what writes the GGUF file, serves it, and asks the server
+SHIPPING = {"gguf": ">=0.17,<1", "openai": ">=2,<4", "xllamacpp": ">=2026.4,<2027"}
 
 
 def check_machine() -> list[str]:
     """Every reason why the course cannot work here, each with its repair."""
-    faults = []
+    faults = [
+        f"{name} is missing: pip install -r requirements.txt"
+        for name, version in versions().items()
+        if version == "missing"
+    ]
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         faults.append(
             f"Python {sys.version.split()[0]}: 3.11 to 3.13 is needed; "
@@ -41,70 +46,54 @@ def check_machine() -> list[str]:
             "take a larger machine, or Colab"
         )
     try:
-        free = shutil.disk_usage(cache_dir()).free / GIB
-        if free < LEAST_DISK_GIB:
+        if (free := shutil.disk_usage(cache_dir()).free / GIB) < LEAST_DISK_GIB:
             faults.append(
                 f"{free:.1f} GiB of disk free under {cache_dir()}, {LEAST_DISK_GIB} "
                 "are needed: make room, or set QLORA_CACHE to another disk"
             )
     except OSError as error:
         faults.append(str(error))
-    faults += [
-        f"{name} is missing: pip install -r requirements.txt"
-        for name, version in versions().items()
-        if version == "missing"
-    ]
     return faults
 
 
 def untested() -> list[str]:
     """The libraries whose version lies outside the range that the tests have seen."""
-    lines = []
-    for name, version in versions().items():
-        first, last = TESTED[name]
-        inside = version_tuple(first) <= version_tuple(version) < version_tuple(last)
-        if version != "missing" and not inside:
-            lines.append(f"{name} {version} (tested: from {first} to below {last})")
-    return lines
-
-
-SERVING = {"openai": ("2", "4"), "xllamacpp": ("2026.4", "2027")}  # of 07
+    return [
+        f"{name} {version} (tested: {TESTED[name]})"
+        for name, version in versions().items()
+        if version != "missing"
+        and not SpecifierSet(TESTED[name]).contains(version, prereleases=True)
+    ]
 
 
 def install_on_colab() -> None:
     """On Colab or Kaggle, add what is missing and remove what breaks PEFT.
 
-    Does nothing on other machines. Raises RuntimeError if pip fails.
+    Raises RuntimeError if pip fails.
     """
     # Kaggle's image is built from Colab's, so both are told by what only they set.
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         return
-    needed = TESTED | {"gguf": ("0.17", "1")} | SERVING
+    needed, calls = TESTED | SHIPPING, []
     found = versions((*needed, "datasets", "torchao"))
-    missing = [
-        f"{name}>={first},<{last}"
-        for name, (first, last) in needed.items()
-        if found[name] == "missing"
-    ]
+    missing = [name + needed[name] for name in needed if found[name] == "missing"]
     if missing:
         # The newest TRL would replace datasets, and with it the pyarrow that the
         # kernel has loaded: what is there stays, and pip takes a TRL that suits it.
         if found["datasets"] != "missing":
             missing.append(f"datasets=={found['datasets']}")
-        _pip("install", "-q", *missing)
+        calls.append(["install", "-q", *missing])
     if found["torchao"] != "missing":  # PEFT >= 0.19 refuses Colab's torchao 0.10
-        _pip("uninstall", "-q", "-y", "torchao")
+        calls.append(["uninstall", "-q", "-y", "torchao"])
+    for call in calls:
+        try:
+            subprocess.check_call([sys.executable, "-m", "pip", *call])
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(
+                f"pip {' '.join(call)} failed: turn on the internet (on Kaggle in the "
+                "notebook's settings), then run this cell again"
+            ) from error
     importlib.invalidate_caches()
-
-
-def _pip(*arguments) -> None:
-    try:
-        subprocess.check_call([sys.executable, "-m", "pip", *arguments])
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(
-            f"pip {' '.join(arguments)} failed: turn on the internet (on Kaggle in the "
-            "notebook's settings), then run this cell again"
-        ) from error
 
 
 QUIET = {
@@ -126,12 +115,14 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
 
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h, for `man mallopt`
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next tensor; True where it now does.
 
-    Left alone it hands every tensor above 32 MB back to the system and asks for it
+    Without this it hands every tensor above 32 MB back to the system and asks for it
     again, zeroed, page by page, which slows training on a CPU.
-    Source: `man mallopt`.
     """
     return _mallopt({MMAP_THRESHOLD: GIB, TRIM_THRESHOLD: GIB})
 
@@ -139,13 +130,10 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Let glibc hand a tensor's memory back once it is freed; True where it now does.
 
-    Left alone it keeps tensors of up to 32 MB in a heap that grows with their mixture:
-    about twice what a merge by small shards holds. Source: `man mallopt`.
+    Without this it keeps tensors of up to 32 MB in a heap that grows with their
+    mixture: about twice what a merge by small shards holds.
     """
     return _mallopt({MMAP_THRESHOLD: 2**20})
-
-
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h
 
 
 def _mallopt(options) -> bool:
@@ -179,24 +167,19 @@ def about_gpus(hidden: int) -> str:
 
     Call it after CUDA has started. `hidden` is what show_one_gpu() returned.
     """
-    choose = (
-        "restart the kernel and run "
-        """`import os; os.environ["CUDA_VISIBLE_DEVICES"] = "{}"` before this cell"""
-    )
     seen = torch.cuda.device_count()
     if seen > 1 and "LOCAL_RANK" not in os.environ:
         if hidden:  # CUDA had started before the variable was set
             del os.environ["CUDA_VISIBLE_DEVICES"]
-        return (
-            f"This kernel sees {seen} GPUs, but training takes only one: "
-            f"{choose.format(0)}."
-        )
-    if hidden:
-        return (
-            f"This kernel uses the first of {hidden + 1} GPUs; to use another, "
-            f"{choose.format(1)}."
-        )
-    return ""
+        fact, choice = f"sees {seen} GPUs, but training takes only one:", 0
+    elif hidden:
+        fact, choice = f"uses the first of {hidden + 1} GPUs; to use another,", 1
+    else:
+        return ""
+    return (
+        f"This kernel {fact} restart the kernel and run `import os; "
+        f'os.environ["CUDA_VISIBLE_DEVICES"] = "{choice}"` before this cell.'
+    )
 
 
 def try_gpu(device: torch.device) -> None:
@@ -228,8 +211,17 @@ def setup() -> None:
     for line in untested():
         warnings.warn(f"not tested with {line}", stacklevel=2)
     chosen = profile()
-    if not chosen.use_cpu:
+    if chosen.use_cpu:
+        where = f"CPU, {os.cpu_count()} cores, {total_ram_gib():.0f} GiB"
+    else:
         try_gpu(chosen.device)
         if line := about_gpus(hidden):
             print(line)
-    print("ready:", describe(chosen))
+        gpu = torch.cuda.get_device_properties(chosen.device)
+        where = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
+    python = ".".join(map(str, sys.version_info[:2]))
+    dtype = str(chosen.compute_dtype).removeprefix("torch.")
+    print(
+        f"ready: Python {python}, torch {torch.__version__}, {where}, computes in "
+        f"{dtype}"
+    )

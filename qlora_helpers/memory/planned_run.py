@@ -1,9 +1,11 @@
 """A planned training run, read from its configs; contradictions are refused."""
 
 import warnings
+from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 from transformers import BitsAndBytesConfig, LlamaConfig
 
 from qlora_helpers import env, models
@@ -18,7 +20,7 @@ from qlora_helpers.models.shapes import PROJECTIONS
 
 # From 1.15 on TRL's loss never makes all logits at once; the formulas are of this one,
 # with transformers 5.17 and PEFT 0.21 beside it.
-FUSED_LOSS = env.version_tuple(env.versions(["trl"])["trl"]) >= (1, 15)
+FUSED_LOSS = Version(version("trl")).release >= (1, 15)
 
 # bytes of each of Adam's two states for one number; None: in the tensor's own dtype
 OPTIMIZERS = {
