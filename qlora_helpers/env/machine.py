@@ -1,5 +1,6 @@
 """What machine this is: device, dtypes, memory, versions, and where files are."""
 
+import contextlib
 import importlib.metadata
 import numbers
 import os
@@ -91,24 +92,14 @@ def _cpu_has_bf16() -> bool:
 
 
 def path(name: str) -> pathlib.Path:
-    """The file or folder `name` of the repository, e.g. path("data/night_trains").
-
-    Raises FileNotFoundError.
-    """
-    found = ROOT / name
-    if not found.exists():
-        raise FileNotFoundError(
-            f"{name!r} is not in {ROOT}: clone the repository as a whole, a notebook "
-            "alone is not enough"
-        )
-    return found
+    """A file or folder of the repository, by its path. Raises FileNotFoundError."""
+    if not (ROOT / name).exists():
+        raise FileNotFoundError(f"{name!r} is not in {ROOT}: clone all of the course")
+    return ROOT / name
 
 
 def cache_dir() -> pathlib.Path:
-    """The folder for the converted model: the platform's cache, or QLORA_CACHE.
-
-    Raises OSError if it cannot be written.
-    """
+    """The folder for the converted model, which QLORA_CACHE moves. Raises OSError."""
     usual = platformdirs.user_cache_dir("qlora-cookbook", appauthor=False)
     folder = pathlib.Path(os.environ.get("QLORA_CACHE") or usual)
     try:
@@ -117,8 +108,8 @@ def cache_dir() -> pathlib.Path:
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise OSError(
-            f"the cache {folder} cannot be written ({error}): "
-            "set QLORA_CACHE to a folder that can"
+            f"the cache {folder} cannot be written ({error}): set QLORA_CACHE to "
+            "another folder"
         ) from error
     return folder
 
@@ -135,7 +126,7 @@ def check_gib(name, gib) -> None:
     if not number or not 0 < gib < LARGEST_GIB:
         raise ValueError(
             f"{name} is {gib!r}, expected the memory of one GPU in GiB: give a number "
-            f"above 0 and below {LARGEST_GIB}, such as 15 for a T4"
+            f"below {LARGEST_GIB}, such as 15 for a T4"
         )
 
 
@@ -143,10 +134,8 @@ def versions(names=tuple(TESTED)) -> dict[str, str]:
     """The installed version of each library, by its name; "missing" where it is not."""
     found = dict.fromkeys(names, "missing")
     for name in names:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -154,10 +143,6 @@ def total_ram_gib() -> float:
     """GiB of memory that this process may use: the machine's, or its container's."""
     limits = [psutil.virtual_memory().total]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (CGROUP / name).read_text("utf-8").strip()
-        except OSError:  # the limit does not exist or must not be read
-            continue
-        if text.isdigit():
-            limits.append(int(text))
+        with contextlib.suppress(OSError, ValueError):  # no limit, or it is "max"
+            limits.append(int((CGROUP / name).read_text("utf-8")))
     return min(limits) / GIB

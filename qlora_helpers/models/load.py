@@ -75,13 +75,6 @@ def _dtype(quantization, machine) -> torch.dtype:
     return machine.compute_dtype
 
 
-def _finish(model, machine) -> None:
-    """Keep a model away from what the libraries do badly."""
-    never_repack(model)
-    choose_attention(machine)
-    pack_last_token(model)
-
-
 def never_repack(model) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first eval-mode forward.
 
@@ -115,17 +108,17 @@ def repeats_keys_and_values() -> bool:
     return not sdpa_attention.use_gqa_in_sdpa(None, key, key)
 
 
-def pack_last_token(model) -> None:
-    """Give the output head contiguous rows, not a slice of every token's.
-
-    generate() asks only for the last token's logits. Of such a slice torch's matmul
-    makes a batched product, for which oneDNN copies the frozen head once a row: 2.6 GiB
-    and seconds for 50 questions in bf16. Seen with torch 2.11 on a Xeon.
-    """
+def _finish(model, machine) -> None:
+    """Keep a model away from what the libraries do badly."""
+    never_repack(model)
+    choose_attention(machine)
 
     def contiguous(head, inputs):
         return (inputs[0].contiguous(), *inputs[1:])
 
+    # generate() asks only for the last token's logits. Of such a slice torch's matmul
+    # makes a batched product, for which oneDNN copies the frozen head once a row: 2.6
+    # GiB and seconds for 50 questions in bf16. Seen with torch 2.11 on a Xeon.
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
 
 

