@@ -32,17 +32,14 @@ def weight_files(folder) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {SINGLE} and no {INDEX}: give the folder of a model "
-            "that has its weights as safetensors"
+            f"{folder} holds no {SINGLE} and no {INDEX}: give a model's folder"
         )
     index = read_json(folder / INDEX, "weight_map")
     files = sorted({folder / name for name in index["weight_map"].values()})
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{folder} lacks {file.name}, which its {INDEX} names: copy that file "
-                "again"
-            )
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {missing[0].name}, which its {INDEX} names: copy that file"
+        )
     return files
 
 

