@@ -32,7 +32,7 @@ def check_out(out, note: str, inputs: dict) -> Path:
         fault = f"is {same[0]}: name another folder"
     elif os.path.ismount(place) or place == Path.cwd():
         fault = "is a disk or the current folder: name a folder inside it"
-    elif place.is_file():
+    elif place.exists() and not place.is_dir():
         fault = "is a file: name a folder that does not exist yet"
     elif strange := _foreign(place, note):
         more = f" and {len(strange) - 1} more" if strange[1:] else ""

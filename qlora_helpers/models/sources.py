@@ -4,7 +4,7 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import errors, snapshot_download
 
 from qlora_helpers.env import UNGATED
 from qlora_helpers.model_files import (
@@ -38,8 +38,9 @@ def base_folder(name=EMBEDDED, revision=None, weights: bool = True) -> Path:
     name: "embedded", a folder, or a Hub id. revision: a commit, tag or branch of the
     Hub id; by default the newest commit, or the cached one without a network.
 
-    Raises PermissionError (gated), FileNotFoundError (no such model), ConnectionError
-    (no network), and ValueError for an adapter or for a revision without a Hub id.
+    Raises PermissionError (gated), ConnectionError (no network), FileNotFoundError (no
+    model), ValueError for an adapter or for a revision without a Hub id, and the Hub's
+    own errors.
     """
     here = embedded_dir() if name == EMBEDDED else Path(name).expanduser()
     on_hub = not here.is_dir() or not str(name)
@@ -79,43 +80,17 @@ def _fetch(name: str, revision, files: list[str]) -> Path:
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except errors.HfHubHTTPError as error:
-        answer = error
-    except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
-        answer = error.__cause__  # why the cache was asked
-    for kind, ours, sentence in ANSWERS:
-        if isinstance(answer, kind):
-            raise ours(f"{name} {sentence.format(name)}")
-    if isinstance(answer, errors.HfHubHTTPError):
-        raise answer  # such as 500 or 429, which speaks for itself
-    why = "the Hub cannot be reached:"
-    if constants.HF_HUB_OFFLINE:
-        why = "HF_HUB_OFFLINE is set: unset it,"
-    raise ConnectionError(
-        f"{name} is not whole in this machine's cache and {why} load it once with a "
-        f"network, or take {EMBEDDED!r}"
-    )
-
-
-LOG_IN = "log in (`hf auth login`, or set HF_TOKEN)"
-ANSWERS = (  # of the Hub: what to raise, and what to say after the name
-    (
-        errors.GatedRepoError,  # 401: not logged in; 403: licence not accepted
-        PermissionError,
-        "is gated and you have no access yet: accept its licence on "
-        f"https://huggingface.co/{{}} and {LOG_IN}, or take the ungated {UNGATED}",
-    ),
-    (
-        errors.RepositoryNotFoundError,
-        FileNotFoundError,
-        f"is not on the Hub, or it is private: check the spelling, or {LOG_IN}",
-    ),
-    (
-        errors.RevisionNotFoundError,
-        FileNotFoundError,
-        "has no such revision on the Hub: give one of its commits, tags or branches",
-    ),
-)
+    except errors.GatedRepoError:  # 401: not logged in; 403: licence not accepted
+        raise PermissionError(
+            f"{name} is gated and you have no access yet: accept its licence on "
+            f"https://huggingface.co/{name} and log in (`hf auth login`, or set "
+            f"HF_TOKEN), or take the ungated {UNGATED}"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{name} is not whole in this machine's cache, and the Hub does not answer:"
+            f" load it once with a network, or take {EMBEDDED!r}"
+        ) from error
 
 
 def base_identity(name=EMBEDDED, revision=None) -> dict:
