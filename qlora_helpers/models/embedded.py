@@ -66,24 +66,23 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
         if target.exists():
             if not (fault := find_fault(target, wheel)):
                 return target
-            if not (target / MANIFEST).exists() and not (target / gguf).exists():
+            if not any((target / name).exists() for name in (MANIFEST, gguf)):
                 raise FileExistsError(
                     f"{target} exists but was not made by the course: move that folder "
                     "away, or set QLORA_CACHE to another one"
                 )
             warnings.warn(f"{fault}: making {target} again", stacklevel=2)
-        part = Path(tempfile.mkdtemp(prefix=f".{wheel.folder}.", dir=home))
-        try:
-            made = part / "model"
+        with tempfile.TemporaryDirectory(
+            prefix=f".{wheel.folder}.", dir=home, ignore_cleanup_errors=True
+        ) as part:
+            made = Path(part, "model")
             made.mkdir()
             _bring_gguf(wheel, made / gguf)
             (convert or to_safetensors)(made / gguf)
             write_manifest(made, wheel)
             if target.exists():
                 shutil.rmtree(target)
-            os.replace(made, target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            made.replace(target)
     return target
 
 
