@@ -2,7 +2,6 @@
 
 Each folder holds a note, a JSON file that lists the other files with a fingerprint.
 A file that the note does not list, or whose fingerprint differs, is somebody's work.
-What people and tools usually put beside such files (KEPT) is kept instead.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from qlora_helpers.card import CARD, is_own_card
-from qlora_helpers.models.embedded import sha256
+from qlora_helpers.model_files import sha256
 
 # What a person or a tool may put beside our files: it is kept when they are replaced.
 KEPT = (CARD, ".gitattributes", ".ipynb_checkpoints", ".DS_Store")
@@ -25,26 +24,25 @@ def check_out(out, note: str, inputs: dict) -> Path:
     note: the name of its note. inputs: the folders that are read, by what they are
     ("the base"). A folder that exists must be empty or hold only what its note lists.
 
-    Raises FileExistsError or PermissionError, in a sentence, if it may not.
+    Raises FileExistsError or PermissionError if it may not.
     """
-    place = Path(out).expanduser().resolve()
-    for what, folder in inputs.items():
-        if place == Path(folder).resolve():
-            raise FileExistsError(f"{out} is {what}: name another folder")
-    if os.path.ismount(place) or place == Path.cwd():
-        raise FileExistsError(
-            f"{out} is a disk or the current folder, which cannot be replaced: name a "
-            "folder inside it"
-        )
-    if place.exists() and not place.is_dir():
-        raise FileExistsError(f"{out} is a file: name a folder that does not exist yet")
-    if strange := _foreign(place, note):
+    place, fault = Path(out).expanduser().resolve(), None
+    same = [what for what, read in inputs.items() if place == Path(read).resolve()]
+    if same:
+        fault = f"is {same[0]}: name another folder"
+    elif os.path.ismount(place) or place == Path.cwd():
+        fault = "is a disk or the current folder: name a folder inside it"
+    elif place.exists() and not place.is_dir():
+        fault = "is a file: name a folder that does not exist yet"
+    elif strange := _foreign(place, note):
         more = f" and {len(strange) - 1} more" if strange[1:] else ""
-        raise FileExistsError(
-            f"{out} holds {strange[0]}{more}, which its {note} does not list as "
-            "written by this package or which was changed since, and which would be "
-            "lost: name another folder"
+        fault = (
+            f"holds {strange[0]}{more}, which its {note} does not list as written by "
+            "this package or which was changed since, and which would be lost: name "
+            "another folder"
         )
+    if fault:
+        raise FileExistsError(f"{out} {fault}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place.parent).close()
@@ -62,8 +60,7 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
 
     If filling it fails, nothing is left and an older folder stays. facts: what the note
     says besides the list of files. The older folder's README.md is kept unless it is an
-    unchanged card of this package. Raises what `check_out` raises, before anything is
-    filled.
+    unchanged card of this package. Raises what `check_out` raises.
     """
     place = check_out(out, note, inputs)
     beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
@@ -71,10 +68,13 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
     try:
         made.mkdir()
         yield made
-        for name in filter(lambda name: (place / name).exists(), KEPT):
-            if name != CARD or not is_own_card(place / name):
-                _copy(place / name, made / name)
-        listed = {file: fingerprint(made / file) for file in files_in(made)}
+        for kept in (place / name for name in KEPT):
+            if kept.is_dir():
+                shutil.copytree(kept, made / kept.name, dirs_exist_ok=True)
+            elif kept.exists() and not (kept.name == CARD and is_own_card(kept)):
+                shutil.copyfile(kept, made / kept.name)
+        files = [file for file in sorted(made.rglob("*")) if file.is_file()]
+        listed = {f.relative_to(made).as_posix(): fingerprint(f) for f in files}
         text = json.dumps(facts | {"files": listed}, indent=1, default=str)
         (made / note).write_text(text + "\n", encoding="utf-8")
         check_out(out, note, inputs)  # again, since minutes may have passed
@@ -97,12 +97,6 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def files_in(folder: Path) -> list[str]:
-    """The paths of all files below a folder, relative to it, sorted."""
-    found = (f for f in folder.rglob("*") if f.is_symlink() or not f.is_dir())
-    return sorted(file.relative_to(folder).as_posix() for file in found)
-
-
 _seen = {}  # hashes of files that have not changed since: weights take seconds
 
 
@@ -115,29 +109,21 @@ def fingerprint(file) -> str:
     return _seen[key]
 
 
-def _copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    else:
-        shutil.copyfile(source, target)
-
-
 def _foreign(place: Path, note: str) -> list[str]:
-    """The files of a folder that its note does not list or that changed since."""
-    if not place.is_dir():
-        return []
+    """The files and empty folders that a note does not list, or that changed since."""
     try:
         listed = dict(json.loads((place / note).read_text("utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         listed = {}
-    known = {note, *listed} if listed else set()
-
-    def changed(name):
-        if name.split("/")[0] in KEPT or (name in known and name == note):
-            return False
-        return name not in known or listed[name] != fingerprint(place / name)
-
-    strange = list(filter(changed, files_in(place)))
-    folders = (file for file in place.rglob("*") if file.is_dir())
-    empty = (f.relative_to(place) for f in folders if not any(f.iterdir()))
-    return sorted(strange + [f.as_posix() for f in empty if f.parts[0] not in KEPT])
+    strange = []
+    for file in sorted(place.rglob("*")):
+        name = file.relative_to(place).as_posix()
+        if file.is_dir() and not file.is_symlink():
+            own = any(file.iterdir())
+        elif name == note:
+            own = bool(listed)
+        else:
+            own = name in listed and listed[name] == fingerprint(file)
+        if not own and name.split("/")[0] not in KEPT:
+            strange.append(name)
+    return strange

@@ -45,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         folder = self.server.repos[repo]
         if is_api and len(rest) > 2:  # the tree of a folder inside: there is none
             return self.refuse(404, "EntryNotFound")
+        if is_api and len(rest) == 2 and rest[1] not in ("main", COMMIT):
+            return self.refuse(404, "RevisionNotFound")
         if is_api:
             return self.send_json(describe(repo, folder, rest, private))
         # /owner/name/resolve/revision/file

@@ -87,7 +87,7 @@ def test_a_run_over_random_rows_trains(common):
     memory_grid = importlib.import_module("memory_grid")
     run = {"shape": "tiny", "method": "qlora", "length": 16, "rows": 2, "every": 1}
     run["cap_gib"] = None
-    machine = env.profile("cpu")
+    machine = env.profile_of("cpu")
     model = memory_grid.make(run, machine)
     row = memory_grid.measured(run, model, machine)
     assert row["steps"] == memory_grid.MORE_STEPS

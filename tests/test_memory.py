@@ -811,7 +811,7 @@ def test_bad_questions_get_clear_answers(given, words):
 
 
 def test_a_known_name_needs_no_network(monkeypatch):
-    monkeypatch.setattr(shapes, "only_cached", mock.Mock(side_effect=AssertionError))
+    monkeypatch.setattr(shapes, "base_folder", mock.Mock(side_effect=AssertionError))
     for name in ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B", "1B"):
         assert models.config_of(name).hidden_size == 2048
 

@@ -16,7 +16,6 @@ try:
         profile,
         profile_of,
         total_ram_gib,
-        version_tuple,
         versions,
     )
     from qlora_helpers.env.readiness import (

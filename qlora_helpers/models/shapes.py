@@ -3,82 +3,56 @@
 import os
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 from transformers import LlamaConfig
 
 from qlora_helpers.env import UNGATED
-from qlora_helpers.models.sources import (
-    EMBEDDED,
-    hub_errors_explained,
-    only_cached,
-    source_of,
-)
+from qlora_helpers.models.sources import EMBEDDED, base_folder
 
-PROJECTIONS = [  # every linear layer of a Llama block
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-]
-
-
-class Shape(NamedTuple):
-    """The numbers that make a Llama's shape; shapes.toml explains them."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    tied: bool  # lm_head is the embedding
-    positions: int  # longest row, in tokens
-    rope: dict
-
-
+CONFIG_NAMES = {  # of the numbers that make a Llama's shape; shapes.toml explains them
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size",
+    "tied": "tie_word_embeddings",
+    "positions": "max_position_embeddings",
+    "rope": "rope_parameters",
+}
 _FILE = Path(__file__).with_name("shapes.toml")
 _READ = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 HUB_SHAPES = {
     hub: name for name, shape in _READ.items() for hub in shape.pop("hub", ())
 }
-SHAPES = {name: Shape(**shape) for name, shape in _READ.items()}
+SHAPES = {name: SimpleNamespace(**shape) for name, shape in _READ.items()}
 
 
 def config_of(model) -> LlamaConfig:
-    """The config of a shape's name, "embedded", a Hub id, or a directory.
+    """The config of a shape's name, "embedded", a Hub id, a folder, or a LlamaConfig.
 
-    A LlamaConfig is returned as it is. Raises TypeError for another kind of config,
-    ValueError for a model that is not a Llama, and what load_base raises for a model
-    that cannot be found.
+    Raises TypeError for another kind of config, ValueError for a model that is
+    quantized or no Llama, and what base_folder raises.
     """
     if isinstance(model, LlamaConfig):
         return model
     if not isinstance(model, str | os.PathLike):
         raise TypeError(
-            f"model is {type(model).__name__}, expected a LlamaConfig, one of the "
-            f"shapes {list(SHAPES)}, {EMBEDDED!r}, a folder or a Hub id"
+            f"model is {type(model).__name__}, expected a LlamaConfig, or the name of "
+            f"one of the shapes {list(SHAPES)}, of a folder or of a model on the Hub"
         )
     if model in SHAPES or model in HUB_SHAPES:
         return llama_config(HUB_SHAPES.get(model, model))
-    source = source_of(model)
-    if os.path.isdir(source) and not os.path.exists(f"{source}/config.json"):
-        raise FileNotFoundError(f"{source} holds no config.json: give a model's folder")
-    if not os.path.isdir(source) and "/" not in source:
+    if "/" not in str(model) and model != EMBEDDED and not os.path.exists(model):
         raise FileNotFoundError(
             f"{model!r} is not known: give one of the shapes {list(SHAPES)}, "
             f"{EMBEDDED!r}, a folder, or a Hub id like {UNGATED!r}"
         )
-    with hub_errors_explained(model):
-        offline = only_cached(source)
-        found, _ = LlamaConfig.get_config_dict(source, local_files_only=offline)
+    found, _ = LlamaConfig.get_config_dict(base_folder(model, weights=False))
     if found.get("model_type") != "llama":
         raise ValueError(
-            f"{model} is not a Llama (its model_type is {found.get('model_type')!r}), "
-            "so its memory cannot be predicted: give a Llama"
+            f"{model} is not a Llama (its model_type is {found.get('model_type')!r})"
         )
     if "quantization_config" in found:
         raise ValueError(
@@ -91,19 +65,8 @@ def llama_config(shape: str) -> LlamaConfig:
     """The LlamaConfig of a shape of SHAPES. Raises ValueError for another name."""
     if not isinstance(shape, str) or shape not in SHAPES:
         raise ValueError(f"shape {shape!r} is unknown: take one of {list(SHAPES)}")
-    numbers = SHAPES[shape]
-    return LlamaConfig(
-        num_hidden_layers=numbers.layers,
-        hidden_size=numbers.hidden,
-        intermediate_size=numbers.intermediate,
-        num_attention_heads=numbers.heads,
-        num_key_value_heads=numbers.kv_heads,
-        vocab_size=numbers.vocab,
-        tie_word_embeddings=numbers.tied,
-        max_position_embeddings=numbers.positions,
-        rope_parameters=numbers.rope,
-        rms_norm_eps=1e-5,
-    )
+    numbers = {CONFIG_NAMES[key]: value for key, value in vars(SHAPES[shape]).items()}
+    return LlamaConfig(**numbers, rms_norm_eps=1e-5)
 
 
 def projections(config) -> dict[str, tuple[int, int]]:
@@ -120,3 +83,6 @@ def projections(config) -> dict[str, tuple[int, int]]:
         "up_proj": (f, h),
         "down_proj": (h, f),
     }
+
+
+PROJECTIONS = list(projections(LlamaConfig()))  # every linear layer of a Llama block
