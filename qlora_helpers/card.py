@@ -27,8 +27,8 @@ def write_card(folder, base: dict, facts: dict, accuracy) -> Path:
 
     base: `adapters.base_of` the adapter that was merged. facts, in words: `into` (the
     weights it was merged into), `data`, `licence`, `system` (the system message, or
-    None) and `asked` (the questions of `accuracy`, a `score.Accuracy` of the merged model). A
-    licence for which the Hub has no id also needs a `licence_link`.
+    None) and `asked` (the questions of `accuracy`, a score.Accuracy of the merged
+    model). A licence for which the Hub has no id also needs a `licence_link`.
 
     Raises ValueError for a missing fact or an unknown licence, and FileExistsError for
     a README.md that somebody else wrote or changed.
