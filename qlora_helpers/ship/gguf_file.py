@@ -1,83 +1,86 @@
 """Write a merged model as one GGUF file for llama.cpp."""
 
+import re
 import tempfile
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qlora_helpers import model_files
-from qlora_helpers.ship.gguf_keys import (
-    CONVERTER,
-    FACTORS,
-    TEMPLATE,
-    check_network,
-    check_tokens,
-    network_keys,
-    read_config,
-    read_source,
-    rope_factors,
-    tokenizer_keys,
-)
+from qlora_helpers import model_files, models
+from qlora_helpers.ship.mergeable import check_tensors, tensors_of
 
-KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a file
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+KINDS = ("F16", "BF16", "Q8_0")
+# What llama.cpp's Llama can follow, of config.json and its rope_parameters.
+CAN_BE = {
+    "quantization_config": (None,),
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "rope_type": ("default", "llama3"),
+    "partial_rotary_factor": (1.0,),
 }
+CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
+OURS = "qlora_helpers.written"  # the key of a file that may be replaced
 # Keys that are not copied from the source: they follow from the new file's own weights
-# and tokenizer. TEMPLATE is the start of several such keys.
-OWN_KEYS = {
-    "general.architecture",
-    "general.alignment",
-    "general.file_type",
-    "general.quantization_version",
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.bos_token_id",
-    "tokenizer.ggml.add_bos_token",
-    "tokenizer.ggml.add_eos_token",
-}
+# and tokenizer.
+OWN_KEYS = re.compile(
+    r"general\.(architecture|alignment|file_type|quantization_version)|"
+    r"tokenizer\.ggml\.(eos_token_id|bos_token_id|add_bos_token|add_eos_token)|"
+    r"tokenizer\.chat_template.*"
+)
+FACTORS = "rope_freqs.weight"  # the tensor that stretches Llama 3's rotary embedding
 
 
 def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     """Write a merged Llama as one GGUF file, whole or not at all.
 
-    folder: of a merged model. source: the base's own GGUF. The vocabulary is copied
-    from the source; the network, the end token and the chat template come from the
-    folder. kind: the type of the matrices, one of KINDS; norms stay fp32. If a base has
-    no GGUF, llama.cpp's `convert_hf_to_gguf.py` makes one.
+    folder: of a merged model. source: the base's own GGUF, whose vocabulary is copied;
+    network, end token and chat template are the folder's. kind: the type of the
+    matrices, one of KINDS; norms stay fp32. If a base has no GGUF, llama.cpp's
+    `convert_hf_to_gguf.py` makes one.
 
     Raises ValueError for whatever llama.cpp would not open or would read wrongly,
-    FileNotFoundError if the folder's weights or tokenizer or the source do not exist,
-    and FileExistsError or PermissionError for a file that must not or cannot be
-    written. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
+    FileNotFoundError for a missing file, and FileExistsError for a `file` that must not
+    be replaced. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: take one of {', '.join(KINDS)}")
     folder, source, file = (Path(p).expanduser() for p in (folder, source, file))
     check_place(file, source)
-    weights, config = model_files.weight_files(folder), read_config(folder)
-    tensors = tensors_of(weights, config, kind)
-    reader = read_source(source)
-    check_tokens(folder, reader, config)
-    check_network(reader, config, {short for short, _ in tensors.values()})
-    keys = network_keys(config) | tokenizer_keys(folder, config)
+    config, tensors = read_config(folder), tensors_of(folder)
+    names = gguf_names(folder, tensors, config, kind)
+    if not any(folder.glob("tokenizer*")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: copy the base's into it")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    reader = read_source(source, config, tokenizer, set(names.values()))
+    keys = network_keys(config) | tokenizer_keys(tokenizer, folder, config)
     stretched = config.rope_parameters["rope_type"] != "default"
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    with directory_beside(file) as beside:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as beside:
         made = Path(beside) / file.name
         writer = gguf.GGUFWriter(made, arch="llama")
         writer.add_bool(OURS, True)  # first, so that check_place finds it
-        copy_keys(reader, writer, KINDS[kind])
+        for key, field in reader.fields.items():
+            copied = key.startswith(("general.", "tokenizer."))
+            if copied and not OWN_KEYS.fullmatch(key):
+                main, sub = [*field.types, None][:2]
+                writer.add_key_value(key, field.contents(), main, sub_type=sub)
         for key, value in keys.items():
-            writer.add_key_value(key, value, TYPES[type(value)])
+            # not GGUFValueType.get_type: llama.cpp wants its numbers unsigned
+            main = gguf.GGUFValueType[TYPES[type(value)]]
+            writer.add_key_value(key, value, main)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if stretched or any(tensor.name == FACTORS for tensor in reader.tensors):
             add_tensor(writer, FACTORS, rope_factors(config), "F32")
-        for name, (short, shard) in tqdm(tensors.items(), desc=file.name, delay=5):
-            with safe_open(shard, "pt") as opened:
+        for name, short in tqdm(names.items(), desc=file.name, delay=5):
+            with safe_open(tensors[name][0], "pt") as opened:
                 weight = opened.get_tensor(name)
             if projection := next((p for p in heads if p in name), None):
                 weight = interleave(weight, heads[projection])
@@ -91,95 +94,165 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     return file
 
 
-OURS = "qlora_helpers.written"  # the key of a file that may be replaced
-TYPES = {
-    bool: gguf.GGUFValueType.BOOL,
-    int: gguf.GGUFValueType.UINT32,
-    float: gguf.GGUFValueType.FLOAT32,
-    str: gguf.GGUFValueType.STRING,
-}
+TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
 
 
 def check_place(file: Path, source: Path) -> None:
     """Raise if the new file would replace one that must stay, or the source is gone."""
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file: give the base's own GGUF")
-    if file.is_dir():
-        raise FileExistsError(f"{file} is a folder: name a file in it")
     if not file.exists():
         return
-    if file.samefile(source):
-        raise FileExistsError(f"{file} is the source itself: name another file")
-    with file.open("rb") as opened:
-        start = opened.read(4096)
-        if not start.startswith(b"GGUF") or OURS.encode() not in start:
-            raise FileExistsError(
-                f"{file} exists and this package did not write it, so it would be lost:"
-                " name another file"
+    what = "is a folder" if file.is_dir() else "was not written by this package"
+    if file.is_file():
+        with file.open("rb") as opened:
+            start = opened.read(4096)
+        if file.samefile(source):
+            what = "is the source itself"
+        elif start.startswith(b"GGUF") and OURS.encode() in start:
+            return
+    raise FileExistsError(f"{file} {what}: name another file")
+
+
+def read_config(folder: Path):
+    """The folder's config. Raises ValueError if llama.cpp's Llama cannot follow it."""
+    model_files.read_json(folder / "config.json", "model_type")  # it exists
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    given = config.to_dict()
+    given |= given.get("rope_parameters") or {}
+    for name, known in CAN_BE.items():
+        if (value := given.get(name, known[0])) not in known:
+            raise ValueError(
+                f"{folder} has {name} {value!r}, expected "
+                f"{' or '.join(map(str, known))}: merge a quantized model into 16 bits "
+                f"first; {CONVERTER}"
             )
+    return config
 
 
-def directory_beside(file: Path) -> tempfile.TemporaryDirectory:
-    """A temporary folder on the disk where the file will be."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=file.parent)
-    except OSError as error:
-        raise PermissionError(
-            f"{file} cannot be written ({error.strerror}): name a file in a folder "
-            "that you may write"
-        ) from None
-
-
-def tensors_of(files, config, kind: str) -> dict[str, tuple[str, Path]]:
-    """For each tensor of a Llama its name in GGUF and its file, from the headers.
-
-    Raises ValueError, naming the tensor, for one that does not belong to a 16-bit or
-    32-bit Llama of this config.
-    """
-    with torch.device("meta"):
-        wanted = LlamaForCausalLM(config).state_dict()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+def gguf_names(folder: Path, tensors, config, kind: str) -> dict[str, str]:
+    """The GGUF name of each tensor. Raises ValueError for one that is no Llama's."""
+    model, _ = models.skeleton(config, None, torch.float32)
+    wanted = model.state_dict()
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     found = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no dict)
-                if name.endswith("rotary_emb.inv_freq"):  # in old Llamas; not a weight
-                    continue
-                part = opened.get_slice(name)
-                shape, dtype = part.get_shape(), part.get_dtype()
-                short = names.get_name(name, try_suffixes=(".weight",))
-                if dtype not in ("BF16", "F16", "F32"):
-                    fault = f"is {dtype}, expected 16 or 32 bits: merge the model first"
-                elif short is None or name not in wanted:
-                    fault = f"has no place in a Llama's GGUF; {CONVERTER}"
-                elif shape != [*wanted[name].shape]:
-                    fault = f"is {shape}, but config.json says {[*wanted[name].shape]}"
-                    fault += ": merge the model again"
-                elif len(shape) == 2 and shape[1] % block:
-                    fault = f"has rows of {shape[1]}, not a multiple of {block}: "
-                    fault += "take F16"
-                else:
-                    found[name] = short, file
-                    continue
-                raise ValueError(f"{name} in {file} {fault}")
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := sorted(wanted.keys() - found.keys() - tied):
-        raise ValueError(f"{files[0].parent} lacks {missing[0]}: merge the model again")
+    for name, (file, tensor) in tensors.items():
+        if name.endswith("rotary_emb.inv_freq"):  # in old Llamas; not a weight
+            continue
+        found[name] = table.get_name(name, try_suffixes=(".weight",))
+        if found[name] is None or name not in wanted:
+            raise ValueError(f"{name} in {file} has no place in a GGUF; {CONVERTER}")
+        if tensor.ndim == 2 and tensor.shape[1] % block:
+            raise ValueError(
+                f"{name} has rows of {tensor.shape[1]}, not a multiple of {block}: "
+                "take F16"
+            )
+    check_tensors(folder, tensors, model)
     return found
 
 
-def copy_keys(source: gguf.GGUFReader, writer: gguf.GGUFWriter, kind) -> None:
-    """Copy the vocabulary and the general keys; the type is the new file's own."""
-    for key, field in source.fields.items():
-        if key in OWN_KEYS or key.startswith(TEMPLATE):
-            continue
-        if key.startswith(("general.", "tokenizer.")):
-            sub = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
-    writer.add_file_type(kind)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+def network_keys(config) -> dict:
+    """What a GGUF says about a Llama's network, from its config; floats as fp32."""
+    theta = np.float32(config.rope_parameters["rope_theta"])
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(np.float32(config.rms_norm_eps)),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(theta),
+    }
+    return {f"llama.{key}": value for key, value in keys.items()}
+
+
+def read_source(source, config, tokenizer, shorts: set[str]) -> gguf.GGUFReader:
+    """The base's own GGUF. Raises ValueError if it is not one of the folder's model.
+
+    shorts: the folder's tensors, by their GGUF names.
+    """
+    try:
+        reader = gguf.GGUFReader(source)
+        tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    except Exception as error:  # GGUFReader raises many kinds, none of its own
+        raise ValueError(
+            f"{source} cannot be read as GGUF ({error!r}): give the base's own GGUF"
+        ) from None
+    here = network_keys(config) | {"general.architecture": "llama"}
+    rows = [  # what it is, in the source, in the folder
+        (key, field.contents(), here.get(key))
+        for key, field in reader.fields.items()
+        if key in here or key.startswith("llama.")
+    ]
+    rows.append(("the number of tokens", len(tokens), config.vocab_size))
+    there = dict(enumerate(tokens))
+    for token, number in tokenizer.get_vocab().items():
+        rows.append((f"token {number}", there.get(number), token))
+    differ = [
+        f"{what} is {theirs!r} in the source and {ours!r} in the folder"
+        for what, theirs, ours in rows
+        if theirs != ours
+    ]
+    for tensor in reader.tensors:
+        if tensor.name == FACTORS:
+            factors = rope_factors(config).numpy()
+            same = tensor.data.shape == factors.shape
+            if not (same and np.allclose(tensor.data, factors)):
+                differ.append(f"{FACTORS} in the source is not config.json's RoPE")
+        elif tensor.name not in shorts | {"output.weight"}:  # it may hold a tied head
+            differ.append(f"the source has {tensor.name} but the folder does not")
+    if differ:
+        more = f" (and {len(differ) - 4} more)" if differ[4:] else ""
+        raise ValueError(
+            f"the source is not the GGUF of this model's base: {'; '.join(differ[:4])}"
+            f"{more}: give the base's own GGUF; if tokens were added, {CONVERTER}"
+        )
+    return reader
+
+
+def tokenizer_keys(tokenizer, folder: Path, config) -> dict:
+    """What the folder's tokenizer says: end and start token, chat template.
+
+    Raises ValueError if transformers and llama.cpp would stop at different tokens.
+    """
+    end, start, ends = (
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        config.eos_token_id,
+    )
+    if (folder / "generation_config.json").exists():
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    if end is None or end not in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError(
+            f"the tokenizer of {folder} ends at token {end} but its generation_config."
+            f"json at {ends}, and llama.cpp follows the tokenizer: make the two agree"
+        )
+    keys = {"tokenizer.ggml.eos_token_id": end}
+    adds = start is not None and tokenizer("?").input_ids[:1] == [start]
+    if start is not None:
+        keys["tokenizer.ggml.bos_token_id"] = start
+    if tokenizer.chat_template is not None:
+        keys["tokenizer.chat_template"] = tokenizer.get_chat_template()
+        # llama.cpp would put BOS before a chat too, which transformers never does
+        chat = [{"role": "user", "content": "?"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        adds = adds and text.startswith(tokenizer.bos_token)
+    return keys | {"tokenizer.ggml.add_bos_token": adds}
+
+
+def rope_factors(config) -> torch.Tensor:
+    """llama.cpp's divisor of each rotary frequency: shape (head_dim / 2,), fp32.
+
+    Source: llama.cpp, conversion of Llama 3: rope_freqs.weight.
+    """
+    plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    return plain / LlamaRotaryEmbedding(config).inv_freq
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -194,7 +267,7 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
-    """Quantize one tensor, as llama.cpp does, and add it under its GGUF name.
+    """Quantize one tensor as llama.cpp does, and add it under its GGUF name.
 
     Raises ValueError for numbers that the type cannot hold.
     """
@@ -205,7 +278,6 @@ def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
             f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot "
             "hold: take BF16, or find out where the number comes from"
         )
-    wanted = gguf.GGMLQuantizationType[kind]
-    writer.add_tensor(
-        name, gguf.quants.quantize(weight.numpy(), wanted), raw_dtype=wanted
-    )
+    dtype = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quants.quantize(weight.numpy(), dtype)
+    writer.add_tensor(name, packed, raw_dtype=dtype)

@@ -47,6 +47,21 @@ def tensors_of(folder) -> dict[str, tuple[Path, torch.Tensor]]:
     return found
 
 
+def check_tensors(folder, files: dict, model) -> None:
+    """Raise ValueError if files lack a tensor of a model, or have it in another shape.
+
+    files: `tensors_of` the folder. model: built from its config.json.
+    """
+    for name, wanted in model.state_dict().items():
+        found = [*files[name][1].shape] if name in files else "missing"
+        tied = name not in files and name in model.all_tied_weights_keys
+        if found != [*wanted.shape] and not tied:
+            raise ValueError(
+                f"{name} is {found} in {folder}, but {[*wanted.shape]} by config.json: "
+                "copy or merge the model again"
+            )
+
+
 def read_pairs(adapter, source) -> dict[str, tuple]:
     """For each weight of the base that an adapter changes: A, B and alpha / r.
 
@@ -55,17 +70,11 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
     base, and for an adapter or a base that is incomplete or does not fit the other.
     """
     adapter = Path(adapter).expanduser()
-    config, of_base = _plain_lora(adapter), AutoConfig.from_pretrained(source)
-    model, _ = models.skeleton(of_base, None, torch.float32)
-    names, files = model.state_dict(), tensors_of(source)
-    tied = {"lm_head.weight"} if of_base.tie_word_embeddings else set()
-    if set(files) <= set(names):  # else the files name their tensors otherwise
-        for name in sorted(set(names) - tied):
-            if name not in files or files[name][1].shape != names[name].shape:
-                raise ValueError(
-                    f"{source} lacks {name} as its config.json describes it: copy the "
-                    "base again"
-                )
+    config = _plain_lora(adapter)
+    model, _ = models.skeleton(AutoConfig.from_pretrained(source), None, torch.float32)
+    files = tensors_of(source)
+    if set(files) <= set(model.state_dict()):  # else the files name them otherwise
+        check_tensors(source, files, model)
     model = get_peft_model(model, config, low_cpu_mem_usage=True)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = adapters.tensor_names(adapter)
@@ -91,7 +100,8 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
             f"B A: {IN_MEMORY}"
         )
     for name in pairs.keys() - set(files):
-        why = "is tied to the embedding" if name in tied else "is not in the base"
+        tied = name.removeprefix(PREFIX) in model.base_model.model.all_tied_weights_keys
+        why = "is tied to the embedding" if tied else "is not in the base"
         raise ValueError(f"the adapter changes {name}, which {why}: train without it")
     rows = model.get_input_embeddings().weight.shape[0]
     if (needed := adapters.token_rows(adapter)) > rows:
