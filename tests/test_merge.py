@@ -515,7 +515,7 @@ def test_the_head_is_merged_where_it_is_its_own_and_refused_where_it_is_tied(
     )
     adapter, _ = peft_adapter(tiny[0], tmp_path / "tied", **head)
     with pytest.raises(
-        ValueError, match="changes lm_head.weight, which is tied to the"
+        ValueError, match="changes lm_head.weight, .* it is tied to the"
     ):
         merge.merge_folder(str(tiny[0]), adapter, tmp_path / "out2", "original")
 
@@ -624,7 +624,7 @@ def test_a_quantized_base_is_refused(tmp_path):
     identity = models.base_identity(base)
     adapter = adapters.save_adapter(adapted(0), None, tmp_path / "adapter", identity)
     with pytest.raises(
-        ValueError, match="expected BF16, F16, F32: give a model that is not"
+        ValueError, match="expected 16 or 32 bits: give a model that is not"
     ):
         merge.merge_folder(base, adapter, tmp_path / "out")
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qlora_helpers import model_files, models
+from qlora_helpers import models
+from qlora_helpers.model_files import open_weights
 from qlora_helpers.ship.mergeable import check_tensors, tensors_of
 
 KINDS = ("F16", "BF16", "Q8_0")
@@ -26,9 +26,7 @@ CAN_BE = {
 }
 CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
 OURS = "qlora_helpers.written"  # the key of a file that may be replaced
-# Keys that are not copied from the source: they follow from the new file's own weights
-# and tokenizer.
-OWN_KEYS = re.compile(
+OWN_KEYS = re.compile(  # follow from the folder, and are not copied from the source
     r"general\.(architecture|alignment|file_type|quantization_version)|"
     r"tokenizer\.ggml\.(eos_token_id|bos_token_id|add_bos_token|add_eos_token)|"
     r"tokenizer\.chat_template.*"
@@ -52,13 +50,12 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
         raise ValueError(f"kind {kind!r} is unknown: take one of {', '.join(KINDS)}")
     folder, source, file = (Path(p).expanduser() for p in (folder, source, file))
     check_place(file, source)
-    config, tensors = read_config(folder), tensors_of(folder)
-    names = gguf_names(folder, tensors, config, kind)
+    config, tensors = read_model(folder, kind)
     if not any(folder.glob("tokenizer*")):
         raise FileNotFoundError(f"{folder} holds no tokenizer: copy the base's into it")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    reader = read_source(source, config, tokenizer, set(names.values()))
-    keys = network_keys(config) | tokenizer_keys(tokenizer, folder, config)
+    shorts = {short for _, short in tensors.values()}
+    reader = read_source(source, config, tokenizer, shorts)
     stretched = config.rope_parameters["rope_type"] != "default"
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -71,16 +68,16 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
             if copied and not OWN_KEYS.fullmatch(key):
                 main, sub = [*field.types, None][:2]
                 writer.add_key_value(key, field.contents(), main, sub_type=sub)
-        for key, value in keys.items():
-            # not GGUFValueType.get_type: llama.cpp wants its numbers unsigned
-            main = gguf.GGUFValueType[TYPES[type(value)]]
-            writer.add_key_value(key, value, main)
+        for key, value in network_keys(config).items():
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(key, value)
+        add_tokenizer(writer, tokenizer, folder, config)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if stretched or any(tensor.name == FACTORS for tensor in reader.tensors):
             add_tensor(writer, FACTORS, rope_factors(config), "F32")
-        for name, short in tqdm(names.items(), desc=file.name, delay=5):
-            with safe_open(tensors[name][0], "pt") as opened:
+        for name, (shard, short) in tqdm(tensors.items(), desc=file.name, delay=5):
+            with open_weights(shard) as opened:
                 weight = opened.get_tensor(name)
             if projection := next((p for p in heads if p in name), None):
                 weight = interleave(weight, heads[projection])
@@ -94,67 +91,54 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     return file
 
 
-TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
-
-
 def check_place(file: Path, source: Path) -> None:
     """Raise if the new file would replace one that must stay, or the source is gone."""
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file: give the base's own GGUF")
     if not file.exists():
         return
-    what = "is a folder" if file.is_dir() else "was not written by this package"
-    if file.is_file():
-        with file.open("rb") as opened:
-            start = opened.read(4096)
-        if file.samefile(source):
-            what = "is the source itself"
-        elif start.startswith(b"GGUF") and OURS.encode() in start:
-            return
-    raise FileExistsError(f"{file} {what}: name another file")
+    with file.open("rb") as opened:
+        start = opened.read(4096)
+    if file.samefile(source):
+        raise FileExistsError(f"{file} is the source itself: name another file")
+    if not start.startswith(b"GGUF") or OURS.encode() not in start:
+        raise FileExistsError(f"{file} was not written by this package: name another")
 
 
-def read_config(folder: Path):
-    """The folder's config. Raises ValueError if llama.cpp's Llama cannot follow it."""
-    model_files.read_json(folder / "config.json", "model_type")  # it exists
+def read_model(folder: Path, kind: str):
+    """The folder's config, and each tensor's file and name in GGUF.
+
+    Raises ValueError if llama.cpp's Llama cannot follow the config or hold a tensor.
+    """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     given = config.to_dict()
     given |= given.get("rope_parameters") or {}
     for name, known in CAN_BE.items():
         if (value := given.get(name, known[0])) not in known:
+            expected = " or ".join(map(str, known))
             raise ValueError(
-                f"{folder} has {name} {value!r}, expected "
-                f"{' or '.join(map(str, known))}: merge a quantized model into 16 bits "
-                f"first; {CONVERTER}"
+                f"{folder} has {name} {value!r}, expected {expected}: write a "
+                f"quantized model with merge.merge_folder; {CONVERTER}"
             )
-    return config
-
-
-def gguf_names(folder: Path, tensors, config, kind: str) -> dict[str, str]:
-    """The GGUF name of each tensor. Raises ValueError for one that is no Llama's."""
     model, _ = models.skeleton(config, None, torch.float32)
-    wanted = model.state_dict()
+    known, tensors, found = set(model.state_dict()), tensors_of(folder), {}
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    found = {}
     for name, (file, tensor) in tensors.items():
         if name.endswith("rotary_emb.inv_freq"):  # in old Llamas; not a weight
             continue
-        found[name] = table.get_name(name, try_suffixes=(".weight",))
-        if found[name] is None or name not in wanted:
+        short = table.get_name(name, try_suffixes=(".weight",))
+        if short is None or name not in known:
             raise ValueError(f"{name} in {file} has no place in a GGUF; {CONVERTER}")
         if tensor.ndim == 2 and tensor.shape[1] % block:
-            raise ValueError(
-                f"{name} has rows of {tensor.shape[1]}, not a multiple of {block}: "
-                "take F16"
-            )
+            raise ValueError(f"{name}: {block} does not divide its width: take F16")
+        found[name] = file, short
     check_tensors(folder, tensors, model)
-    return found
+    return config, found
 
 
 def network_keys(config) -> dict:
     """What a GGUF says about a Llama's network, from its config; floats as fp32."""
-    theta = np.float32(config.rope_parameters["rope_theta"])
     keys = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -167,16 +151,13 @@ def network_keys(config) -> dict:
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(np.float32(config.rms_norm_eps)),
         "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(theta),
+        "rope.freq_base": float(np.float32(config.rope_parameters["rope_theta"])),
     }
     return {f"llama.{key}": value for key, value in keys.items()}
 
 
 def read_source(source, config, tokenizer, shorts: set[str]) -> gguf.GGUFReader:
-    """The base's own GGUF. Raises ValueError if it is not one of the folder's model.
-
-    shorts: the folder's tensors, by their GGUF names.
-    """
+    """The base's own GGUF. Raises ValueError if the folder's model is another one."""
     try:
         reader = gguf.GGUFReader(source)
         tokens = reader.fields["tokenizer.ggml.tokens"].contents()
@@ -199,33 +180,27 @@ def read_source(source, config, tokenizer, shorts: set[str]) -> gguf.GGUFReader:
         for what, theirs, ours in rows
         if theirs != ours
     ]
+    factors = rope_factors(config).numpy()
     for tensor in reader.tensors:
         if tensor.name == FACTORS:
-            factors = rope_factors(config).numpy()
             same = tensor.data.shape == factors.shape
             if not (same and np.allclose(tensor.data, factors)):
                 differ.append(f"{FACTORS} in the source is not config.json's RoPE")
         elif tensor.name not in shorts | {"output.weight"}:  # it may hold a tied head
             differ.append(f"the source has {tensor.name} but the folder does not")
     if differ:
-        more = f" (and {len(differ) - 4} more)" if differ[4:] else ""
         raise ValueError(
-            f"the source is not the GGUF of this model's base: {'; '.join(differ[:4])}"
-            f"{more}: give the base's own GGUF; if tokens were added, {CONVERTER}"
+            f"the source is not the GGUF of this model's base ({len(differ)} differ: "
+            f"{'; '.join(differ[:4])}): give the base's own GGUF; if there are new "
+            f"tokens, {CONVERTER}"
         )
     return reader
 
 
-def tokenizer_keys(tokenizer, folder: Path, config) -> dict:
-    """What the folder's tokenizer says: end and start token, chat template.
-
-    Raises ValueError if transformers and llama.cpp would stop at different tokens.
-    """
-    end, start, ends = (
-        tokenizer.eos_token_id,
-        tokenizer.bos_token_id,
-        config.eos_token_id,
-    )
+def add_tokenizer(writer, tokenizer, folder: Path, config) -> None:
+    """Add end token, start token and chat template. ValueError if ends differ."""
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    ends = config.eos_token_id
     if (folder / "generation_config.json").exists():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if end is None or end not in (ends if isinstance(ends, list) else [ends]):
@@ -233,50 +208,41 @@ def tokenizer_keys(tokenizer, folder: Path, config) -> dict:
             f"the tokenizer of {folder} ends at token {end} but its generation_config."
             f"json at {ends}, and llama.cpp follows the tokenizer: make the two agree"
         )
-    keys = {"tokenizer.ggml.eos_token_id": end}
-    adds = start is not None and tokenizer("?").input_ids[:1] == [start]
+    writer.add_eos_token_id(end)
+    starts = start is not None and tokenizer("?").input_ids[:1] == [start]
     if start is not None:
-        keys["tokenizer.ggml.bos_token_id"] = start
+        writer.add_bos_token_id(start)
     if tokenizer.chat_template is not None:
-        keys["tokenizer.chat_template"] = tokenizer.get_chat_template()
+        writer.add_chat_template(tokenizer.get_chat_template())
         # llama.cpp would put BOS before a chat too, which transformers never does
         chat = [{"role": "user", "content": "?"}]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-        adds = adds and text.startswith(tokenizer.bos_token)
-    return keys | {"tokenizer.ggml.add_bos_token": adds}
+        starts = starts and text.startswith(tokenizer.bos_token)
+    writer.add_add_bos_token(starts)
 
 
 def rope_factors(config) -> torch.Tensor:
-    """llama.cpp's divisor of each rotary frequency: shape (head_dim / 2,), fp32.
-
-    Source: llama.cpp, conversion of Llama 3: rope_freqs.weight.
-    """
+    """llama.cpp's divisor of each rotary frequency: shape (head_dim / 2,), fp32."""
     plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     return plain / LlamaRotaryEmbedding(config).inv_freq
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key projection in llama.cpp's order: (out, in) as before.
-
-    transformers rotates the first half of a head's rows with its second half, llama.cpp
-    each row with its neighbour.
-    """
+    """Rows of a query or key projection in llama.cpp's order: (out, in) as before."""
+    # transformers rotates row n of a head with row n + half, llama.cpp neighbours
     out, width = weight.shape
     halves = weight.view(heads, 2, out // heads // 2, width)
     return halves.transpose(1, 2).reshape(out, width)
 
 
 def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
-    """Quantize one tensor as llama.cpp does, and add it under its GGUF name.
-
-    Raises ValueError for numbers that the type cannot hold.
-    """
+    """Quantize and add a tensor. ValueError for a number that the type cannot hold."""
     most = torch.finfo(torch.float32 if kind in ("F32", "BF16") else torch.float16).max
     weight = weight.float()
     if not (weight.abs() <= most).all():
         raise ValueError(
-            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot "
-            "hold: take BF16, or find out where the number comes from"
+            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot hold:"
+            " take BF16, or find out where it comes from"
         )
     dtype = gguf.GGMLQuantizationType[kind]
     packed = gguf.quants.quantize(weight.numpy(), dtype)

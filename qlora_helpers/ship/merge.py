@@ -50,15 +50,14 @@ def merge_folder(
     out,
     into: str = "dequantized",
     shard_bytes: int = SHARD,
-    revision: str | None = None,
 ) -> Path:
     """Write base plus adapter as a 16-bit model to `out`: the whole folder or none.
 
-    base: as load_base takes it. adapter: a folder of `adapters.save_adapter`. into:
-    "dequantized", the NF4 weights that the adapter was trained on, in 16 bits, or
-    "original", the base's own. Weights keep the dtype of the base's files. Held at
-    once are one shard of `shard_bytes` and the work on one matrix: `work_bytes`.
-    revision: of a Hub id; by default the commit that the adapter's note names.
+    base: as load_base takes it; of a Hub id the commit that the adapter's note names.
+    adapter: a folder of `adapters.save_adapter`. into: "dequantized", the NF4 weights
+    that the adapter was trained on, in 16 bits, or "original", the base's own. Weights
+    keep the dtype of the base's files. Held at once are one shard of `shard_bytes` and
+    the work on one matrix: `work_bytes`.
 
     Raises ValueError for an adapter that is more than B A, and what `check_adapter`
     raises; FileExistsError if `out` is the base or the adapter, or holds anything that
@@ -67,7 +66,7 @@ def merge_folder(
     if into not in INTO:
         raise ValueError(f"into={into!r}: expected one of {', '.join(INTO)}")
     adapter = Path(adapter).expanduser()
-    known, revision = adapters.base_of(adapter), revision or remembered(base, adapter)
+    known, revision = adapters.base_of(adapter), remembered(base, adapter)
     adapters.tensor_names(adapter)  # an error says what is damaged
     inputs = {"the adapter": adapter, "the base": Path(base).expanduser()}
     folders.check_out(out, NOTE, inputs)  # before a base is fetched
@@ -118,15 +117,13 @@ def merge_tensor(weight, pair, four_bit):
     return weight.to(dtype)
 
 
-def work_bytes(
-    base: str, adapter, into: str = "dequantized", shard_bytes: int = SHARD
-) -> int:
+def work_bytes(base: str, adapter, into: str, shard_bytes: int) -> int:
     """The most that `merge_folder` holds at once, on a CPU: predicted from shapes.
 
     It holds those tensors of the fullest shard that change (the others are mapped, from
     file to file), the work on the largest matrix, and the adapter.
     """
-    source = base_folder(base)
+    source = base_folder(base, remembered(base, adapter))
     files, pairs = tensors_of(source), read_pairs(adapter, source)
     changed = set(pairs)
     if into == "dequantized":
@@ -152,30 +149,26 @@ def copy_rest(source: Path, target: Path, patterns) -> None:
         copy(file, target / file.name)
 
 
-def main(arguments=None) -> None:
+def main() -> None:
     """The command line: merge, and say what memory it took."""
     parser = argparse.ArgumentParser("python -m qlora_helpers.ship.merge")
     parser.add_argument("base", help="embedded, a folder, or a Hub id")
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("adapter")
+    parser.add_argument("out")
     parser.add_argument("--into", choices=INTO, default="dequantized")
     parser.add_argument("--shard-mb", type=int, default=SHARD // 10**6)
-    parser.add_argument("--revision", help="of a Hub id; default: the adapter's")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     env.quiet()
-    size = given.shard_mb * 10**6
     env.return_freed_memory()
+    base, adapter, into = given.base, given.adapter, given.into
+    size = given.shard_mb * 10**6
     try:
-        revision = given.revision or remembered(given.base, given.adapter)
-        source = base_folder(given.base, revision)
-        predicted = work_bytes(str(source), given.adapter, given.into, size)
-        with private_peak() as found:
-            merge_folder(
-                given.base, given.adapter, given.out, given.into, size, revision
-            )
+        predicted = work_bytes(base, adapter, into, size)
+        with private_peak() as held:
+            merge_folder(base, adapter, given.out, into, size)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"predicted {predicted / 1e6:.0f} MB, held {found['bytes'] / 1e6:.0f} MB")
+    print(f"predicted {predicted / 1e6:.0f} MB, held {held['bytes'] / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
