@@ -4,7 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.modeling_utils import load_state_dict
 
@@ -35,16 +35,8 @@ def write_card(folder, base: dict, facts: dict, accuracy) -> Path:
     """
     if missing := [name for name in FACTS if name not in facts]:
         raise ValueError(f"facts lacks {missing[0]!r}: give {', '.join(FACTS)}")
-    folder = Path(folder).expanduser()
-    header, about = _describe(base, "finetune", facts, accuracy)
-    head = (
-        f"# {folder.resolve().name}\n\n{base['name']} with a QLoRA adapter merged into "
-        f"its {facts['into']} weights, stored in "
-        f"{_dtypes(model_files.weight_files(folder))}."
-    )
-    use = "Load it with plain transformers; neither bitsandbytes nor peft is needed."
-    header["library_name"] = "transformers"
-    return _write(folder, header, [head, *about, use])
+    files = model_files.weight_files(Path(folder).expanduser())
+    return _write(files, "transformers", base, facts, accuracy)
 
 
 def write_adapter_card(folder, base: dict, facts=None, accuracy=None) -> Path:
@@ -52,19 +44,10 @@ def write_adapter_card(folder, base: dict, facts=None, accuracy=None) -> Path:
 
     Works like `write_card`, but no fact is required; the card leaves out missing ones.
     """
-    folder = Path(folder).expanduser()
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    weights = Path(folder).expanduser() / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} holds no {weights.name}: give an adapter")
-    header, about = _describe(base, "adapter", facts or {}, accuracy)
-    use = (
-        "Load the base that base.json names, with the quantization given there, then "
-        f"put the\nadapter on it with PEFT. It is stored in {_dtypes([weights])}."
-    )
-    header["library_name"] = "peft"
-    return _write(
-        folder, header, [f"# A QLoRA adapter for {base['name']}", *about, use]
-    )
+    return _write([weights], "peft", base, facts or {}, accuracy)
 
 
 def is_own_card(file) -> bool:
@@ -83,28 +66,36 @@ def _mark(body: str) -> str:
     return f"<!-- written by qlora_helpers; the text above is {digest} -->"
 
 
-def _describe(base: dict, relation: str, facts: dict, accuracy):
-    """The keys for the Hub, and the paragraphs on what is known."""
-    header = _licence_keys(facts)
+def _write(files: list[Path], library: str, base: dict, facts: dict, accuracy) -> Path:
+    """Write the card beside weights, whole or not at all, and never over another."""
+    card = files[0].with_name(CARD)
+    if card.exists() and not is_own_card(card):
+        raise FileExistsError(
+            f"{card} was changed or not written by this package, and would be lost: "
+            "move the file away, or keep it as the card"
+        )
+    header = _licence_keys(facts) | {"library_name": library, "tags": ["qlora"]}
     name = ON_THE_HUB.get(base["name"], base["name"])
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # else a local folder
+        relation = "adapter" if library == "peft" else "finetune"
         header |= {"base_model": name, "base_model_relation": relation}
-    revision = f", revision `{base['revision']}`" if base.get("revision") else ""
-    points = {"Base": base["name"] + revision, "Data": facts.get("data")}
-    if accuracy is not None:
-        asked = facts.get("asked", "questions")
-        points["Measured"] = f"{accuracy!r}; {asked}, execution accuracy, 95 % interval"
-    points["Made with"] = ", ".join(f"{k} {v}" for k, v in env.versions().items())
-    points["Licence"] = facts.get("licence")
-    about = [
-        "\n".join(f"- **{name}**: {said}" for name, said in points.items() if said)
-    ]
-    if "system" in facts:
-        system, message = facts["system"], "no system message."
-        if system is not None:
-            message = f"this system message:\n\n```\n{system}\n```"
-        about.append(f"Prompt it as in training: with its own layout and {message}")
-    return header, about
+    dtypes = set()
+    for file in files:
+        tensors = load_state_dict(file, map_location="meta").values()
+        dtypes |= {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    filled = ModelCard.from_template(
+        ModelCardData(**header, pipeline_tag="text-generation"),
+        template_path=Path(__file__).with_suffix(".jinja"),
+        title=card.resolve().parent.name,
+        base=base,
+        facts=facts,
+        accuracy=accuracy,
+        versions=env.versions(),
+        dtypes=" and ".join(sorted(dtypes)),
+    )
+    body = f"{filled}\n"
+    model_files.write_whole(card, f"{body}\n{_mark(body)}\n")
+    return card
 
 
 def _licence_keys(facts: dict) -> dict:
@@ -120,26 +111,3 @@ def _licence_keys(facts: dict) -> dict:
         f"the Hub has no licence {licence!r}: take an id from {LICENCE_PAGE}, or give "
         "the address of the licence's text as the fact 'licence_link'"
     )
-
-
-def _write(folder: Path, header: dict, paragraphs: list[str]) -> Path:
-    """Write the card whole or not at all, and never over another one."""
-    card = folder / CARD
-    if card.exists() and not is_own_card(card):
-        raise FileExistsError(
-            f"{card} was changed or not written by this package, and would be lost: "
-            "move the file away, or keep it as the card"
-        )
-    yaml = ModelCardData(**header, tags=["qlora"], pipeline_tag="text-generation")
-    body = f"---\n{yaml.to_yaml()}\n---\n\n" + "\n\n".join(paragraphs) + "\n"
-    model_files.write_whole(card, f"{body}\n{_mark(body)}\n")
-    return card
-
-
-def _dtypes(files) -> str:
-    """The dtypes of all tensors in safetensors files, from their headers."""
-    found = set()
-    for file in files:
-        tensors = load_state_dict(file, map_location="meta").values()
-        found |= {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-    return " and ".join(sorted(found))
