@@ -552,7 +552,7 @@ def pickled(folder):
         (lambda f: save_file({}, f / adapters.WEIGHTS), "holds 0 of the 28 tensors"),
         (
             lambda f: edit(f / "adapter_config.json", r=8),
-            r"is \[4, 128\] in .*, but \[8, 128\] by the base",
+            r"lora_A.weight in .* is not \[8, 128\], as",
         ),
         (cut, "damaged or cut short"),
         (pickled, "is a pickle"),

@@ -45,10 +45,7 @@ def tensors_of(folder) -> dict[str, tuple[Path, torch.Tensor]]:
 
 
 def check_tensors(folder, files: dict, model) -> None:
-    """Raise ValueError if files lack a tensor of a model, or have it in another shape.
-
-    files: `tensors_of` the folder. model: built from its config.json.
-    """
+    """Raise ValueError unless files hold what the model of config.json needs."""
     for name, wanted in model.state_dict().items():
         found = [*files[name][1].shape] if name in files else "missing"
         tied = name not in files and name in model.all_tied_weights_keys
@@ -77,20 +74,18 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
     saved = adapters.tensor_names(adapter)
     tensors, pairs = load_file(adapter / adapters.WEIGHTS), {}
     for name in sorted(saved & set(wanted)):
-        shapes = [*tensors[name].shape], [*wanted[name].shape]
-        if shapes[0] != shapes[1]:
+        if tensors[name].shape != (shape := wanted[name].shape):
             raise ValueError(
-                f"{name} is {shapes[0]} in {adapter}, but {shapes[1]} by the base and "
-                f"{adapters.CONFIG}: give the base that it was trained on, or save the "
-                "adapter again"
+                f"{name} in {adapter} is not {[*shape]}, as base and config ask: give "
+                "the base that it was trained on, or save the adapter again"
             )
     adapters.check_whole(adapter, saved, set(wanted))
     for module, layer in model.named_modules():
         linear = f"{module}.lora_A.weight"
         if linear in tensors and tensors[linear].ndim == 2:
             A, B = tensors.pop(linear), tensors.pop(f"{module}.lora_B.weight")
-            weight = f"{module.removeprefix(PREFIX)}.weight"
-            pairs[weight] = A, B, layer.scaling["default"]
+            scaling = layer.scaling["default"]
+            pairs[f"{module.removeprefix(PREFIX)}.weight"] = A, B, scaling
     if tensors:
         raise ValueError(
             f"the adapter in {adapter} holds {sorted(tensors)[0]}, so it is more than "
