@@ -45,11 +45,7 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def merge_folder(
-    base: str,
-    adapter,
-    out,
-    into: str = "dequantized",
-    shard_bytes: int = SHARD,
+    base: str, adapter, out, into: str = "dequantized", shard_bytes: int = SHARD
 ) -> Path:
     """Write base plus adapter as a 16-bit model to `out`: the whole folder or none.
 
@@ -67,7 +63,6 @@ def merge_folder(
         raise ValueError(f"into={into!r}: expected one of {', '.join(INTO)}")
     adapter = Path(adapter).expanduser()
     known, revision = adapters.base_of(adapter), remembered(base, adapter)
-    adapters.tensor_names(adapter)  # an error says what is damaged
     inputs = {"the adapter": adapter, "the base": Path(base).expanduser()}
     folders.check_out(out, NOTE, inputs)  # before a base is fetched
     source = inputs["the base"] = base_folder(base, revision)
@@ -104,10 +99,9 @@ def remembered(base: str, adapter) -> str | None:
 
 
 def merge_tensor(weight, pair, four_bit):
-    """One tensor of the merged model: (out, in), in the dtype that it came in.
+    """One tensor of the merged model, in the shape and dtype that it came in.
 
-    pair: the adapter's (A, B, scaling), or None. four_bit: the dtype in which the
-    weight was quantized, or None.
+    pair: A, B and scaling, or None. four_bit: the dtype it was quantized in, or None.
     """
     dtype = weight.dtype
     if four_bit is not None:
@@ -160,12 +154,11 @@ def main() -> None:
     given = parser.parse_args()
     env.quiet()
     env.return_freed_memory()
-    base, adapter, into = given.base, given.adapter, given.into
-    size = given.shard_mb * 10**6
+    how = given.into, given.shard_mb * 10**6
     try:
-        predicted = work_bytes(base, adapter, into, size)
+        predicted = work_bytes(given.base, given.adapter, *how)
         with private_peak() as held:
-            merge_folder(base, adapter, given.out, into, size)
+            merge_folder(given.base, given.adapter, given.out, *how)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"predicted {predicted / 1e6:.0f} MB, held {held['bytes'] / 1e6:.0f} MB")
