@@ -110,18 +110,18 @@ def read_model(folder: Path, kind: str):
 
     Raises ValueError if llama.cpp's Llama cannot follow the config or hold a tensor.
     """
+    tensors, found = tensors_of(folder), {}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     given = config.to_dict()
     given |= given.get("rope_parameters") or {}
-    for name, known in CAN_BE.items():
-        if (value := given.get(name, known[0])) not in known:
-            expected = " or ".join(map(str, known))
+    for name, allowed in CAN_BE.items():
+        if (value := given.get(name, allowed[0])) not in allowed:
+            expected = " or ".join(map(str, allowed))
             raise ValueError(
-                f"{folder} has {name} {value!r}, expected {expected}: write a "
-                f"quantized model with merge.merge_folder; {CONVERTER}"
+                f"{folder} has {name} {value!r}, expected {expected}; {CONVERTER}"
             )
     model, _ = models.skeleton(config, None, torch.float32)
-    known, tensors, found = set(model.state_dict()), tensors_of(folder), {}
+    known = set(model.state_dict())
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     for name, (file, tensor) in tensors.items():
