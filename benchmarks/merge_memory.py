@@ -57,7 +57,7 @@ def in_memory(base: str, adapter, out, into: str) -> tuple[int, int]:
     """Merge with PEFT and save, as tutorials do: bytes predicted, and held."""
     source = merge.base_folder(base)
     files = mergeable.tensors_of(source)
-    weights = sum(size for _, size in files.values())
+    weights = sum(tensor.nbytes for _, tensor in files.values())
     quantization = train.nf4_config(env.profile()) if into != "original" else None
     with memory.private_peak() as held:
         model = AutoModelForCausalLM.from_pretrained(
@@ -70,7 +70,7 @@ def in_memory(base: str, adapter, out, into: str) -> tuple[int, int]:
     if into == "4 bits":
         kept = {p.data_ptr(): memory.tensor_bytes(p) for p in model.parameters()}
         weights = sum(kept.values())
-    pairs = mergeable.read_pairs(adapter)
+    pairs = mergeable.read_pairs(adapter, source)
     changed = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
     changed *= 4 // next(iter(pairs.values()))[0].itemsize  # PEFT loads them in fp32
     return weights + changed, held["bytes"]

@@ -345,13 +345,19 @@ YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
             "partial_rotary_factor 0.5",
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', expected silu"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "still quantized"),
-        ({"model_type": "mistral"}, "is a mistral, not a llama"),
-        ({"head_dim": 32}, r"is \[128, 128\], but config.json says \[64, 128\]"),
-        ({"num_key_value_heads": 4}, r"k_proj.weight .* config.json says \[256, 128\]"),
-        ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
-        ({"num_hidden_layers": 1}, "model.layers.1.* has no place in a Llama's GGUF"),
-        ({"attention_bias": True}, "lacks model.layers.0.self_attn.k_proj.bias"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quantization_config .*, expected None",
+        ),
+        ({"model_type": "mistral"}, "model_type 'mistral', expected llama"),
+        ({"head_dim": 32}, r"is \[256, 128\] in .*, but \[128, 128\] by"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight .* \[256, 128\] by config.json"),
+        (
+            {"num_hidden_layers": 3},
+            r"model.layers.2.* is missing in .*, but \[256, 128\] by",
+        ),
+        ({"num_hidden_layers": 1}, "model.layers.1.* has no place in a GGUF"),
+        ({"attention_bias": True}, "layers.0.self_attn.[a-z]_proj.bias is missing"),
     ],
 )
 def test_a_network_that_llama_cpp_s_llama_is_not(small, out, changes, said):
@@ -397,7 +403,9 @@ def test_what_is_no_gguf_of_a_llama_is_no_source(small, tmp_path, out):
     for name in ("text", "cut", "empty"):
         refused(folder, tmp_path / f"{name}.gguf", out, "cannot be read as GGUF")
     other = write_source(tmp_path / "qwen2.gguf", llama(), arch="qwen2")
-    refused(folder, other, out, "is the GGUF of a qwen2: give one of a llama")
+    refused(
+        folder, other, out, "architecture is 'qwen2' in the source.*give the base's own"
+    )
     said = "is not a file: give the base's own GGUF"
     refused(folder, tmp_path / "absent", out, said, error=FileNotFoundError)
 
@@ -406,15 +414,15 @@ def test_the_vocabularies_of_model_tokenizer_and_source_are_one(tmp_path, out):
     config = llama()
     source = write_source(tmp_path / "source.gguf", config)
     folder = save(tmp_path / "padded", llama(vocab_size=len(TOKENS) + 8))
-    refused(folder, source, out, "269 rows of embeddings, but the source has 261")
+    refused(folder, source, out, "tokens is 261 in the source and 269 in the folder")
     more = a_tokenizer()
     more.add_tokens(["<sql>"])
     folder = save(tmp_path / "more", config, more)
-    refused(folder, source, out, "token 261 is '<sql>' in .* but None in the source")
+    refused(folder, source, out, "token 261 is None in the source and '<sql>' in the")
     folder = save(tmp_path / "small", config)
     swapped = [*TOKENS[:-2], TOKENS[-1], TOKENS[-2]]
     source = write_source(tmp_path / "swapped.gguf", config, tokens=swapped)
-    refused(folder, source, out, "is .* give the base's own GGUF")
+    refused(folder, source, out, "token 259 is .* give the base's own GGUF")
     for file in folder.glob("tokenizer*"):
         file.unlink()
     refused(folder, source, out, "holds no tokenizer", error=FileNotFoundError)
@@ -426,14 +434,16 @@ def test_a_model_that_is_no_llama_or_still_in_4_bits_is_refused(small, tmp_path,
     sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     qwen = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, num_key_value_heads=2))
     qwen.save_pretrained(tmp_path / "qwen")
-    refused(tmp_path / "qwen", source, out, "is a qwen2, not a llama; .*convert_hf")
+    refused(
+        tmp_path / "qwen", source, out, "model_type 'qwen2', expected llama.*convert_hf"
+    )
     four = models.random_llama(llama(), train.nf4_config(env.profile()))
     four.save_pretrained(tmp_path / "four")
-    refused(tmp_path / "four", source, out, "still quantized .* merge the model into")
+    said = r"\.down_proj\.weight in .* is torch.uint8, expected 16 or 32 bits: give a"
+    refused(tmp_path / "four", source, out, said)
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     del config["quantization_config"]  # and where config.json does not say so
     (tmp_path / "four" / "config.json").write_text(json.dumps(config))
-    said = r"\.down_proj\.weight in .* is U8, expected 16 or 32 bits: merge the"
     refused(tmp_path / "four", source, out, said)
 
 
@@ -453,7 +463,7 @@ def test_a_second_set_of_weights_is_not_read(small, out):
 )
 def test_a_tensor_without_a_name_in_gguf_is_named(small, out, name):
     rewrite(small[0], lambda weights: weights.update({name: torch.ones(256)}))
-    refused(*small, out, f"{name} in .* has no place in a Llama's GGUF")
+    refused(*small, out, f"{name} in .* has no place in a GGUF")
 
 
 def test_the_frequencies_in_an_old_llama_s_files_are_left_out(small, out):
@@ -466,7 +476,7 @@ def test_the_frequencies_in_an_old_llama_s_files_are_left_out(small, out):
 def test_a_head_is_written_as_transformers_reads_it(small, tmp_path, out):
     folder, source = small
     rewrite(folder, lambda weights: weights.pop("lm_head.weight"))
-    refused(folder, source, out, "lacks lm_head.weight: merge the model again")
+    refused(folder, source, out, "lm_head.weight is missing in .*: copy or merge")
     change(folder / "config.json", tie_word_embeddings=True)
     _, tensors = contents(gguf_file.to_gguf(folder, source, out))
     assert "output.weight" not in tensors
@@ -481,7 +491,7 @@ def test_a_width_that_does_not_fill_a_block_is_refused(tmp_path, out):
     folder = save(tmp_path / "narrow", config)
     source = write_source(tmp_path / "narrow.gguf", config)
     for kind in ("Q8_0",):
-        said = "has rows of 120, not a multiple of 32: take F16"
+        said = "32 does not divide its width: take F16"
         refused(folder, source, out, said, kind)
     assert gguf_file.to_gguf(folder, source, out, "F16").exists()
 
@@ -548,13 +558,13 @@ def test_no_other_file_is_replaced(small, tmp_path):
             gguf_file.to_gguf(folder, source, file)
     assert source.read_bytes() == before
     (tmp_path / "notes.txt").write_text(f"{gguf_file.OURS}: weeks of work")
-    with pytest.raises(FileExistsError, match="this package did not write it, so it"):
+    with pytest.raises(FileExistsError, match="was not written by this package: name"):
         gguf_file.to_gguf(folder, source, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == f"{gguf_file.OURS}: weeks of work"
-    with pytest.raises(FileExistsError, match="is a folder: name a file in it"):
+    with pytest.raises(IsADirectoryError, match="small"):
         gguf_file.to_gguf(folder, source, folder)
     theirs = write_source(tmp_path / "theirs.gguf", llama())
-    with pytest.raises(FileExistsError, match="this package did not write it, so it"):
+    with pytest.raises(FileExistsError, match="was not written by this package: name"):
         gguf_file.to_gguf(folder, source, theirs)
     for _ in range(2):  # what it wrote itself it replaces
         _, tensors = contents(gguf_file.to_gguf(folder, source, tmp_path / "mine.gguf"))
@@ -567,7 +577,7 @@ def test_where_nothing_can_be_written_nothing_is_computed(small, tmp_path, monke
 
     monkeypatch.setattr(gguf_file, "add_tensor", computed)
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match="m.gguf cannot be written .*name a file"):
+    with pytest.raises(FileExistsError, match=f"File exists: '{tmp_path}/file'"):
         gguf_file.to_gguf(*small, tmp_path / "file" / "m.gguf")
 
 
@@ -576,7 +586,7 @@ def test_a_bad_export_is_refused_and_leaves_nothing(small, tmp_path, out):
     refused(folder, source, out, "kind 'Q2' is unknown: take one of F16", "Q2")
     refused(tmp_path, source, out, "no model.safetensors", error=FileNotFoundError)
     (folder / "config.json").unlink()
-    refused(folder, source, out, "has no config.json", error=FileNotFoundError)
+    refused(folder, source, out, "model_type.* in its config.json")
 
 
 def test_an_interrupted_export_leaves_nothing(small, out, monkeypatch):

@@ -1,83 +1,83 @@
 """Write a merged model as one GGUF file for llama.cpp."""
 
+import re
 import tempfile
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
-from safetensors import safe_open
 from tqdm.auto import tqdm
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qlora_helpers import model_files
-from qlora_helpers.ship.gguf_keys import (
-    CONVERTER,
-    FACTORS,
-    TEMPLATE,
-    check_network,
-    check_tokens,
-    network_keys,
-    read_config,
-    read_source,
-    rope_factors,
-    tokenizer_keys,
+from qlora_helpers import models
+from qlora_helpers.model_files import open_weights
+from qlora_helpers.ship.mergeable import check_tensors, tensors_of
+
+KINDS = ("F16", "BF16", "Q8_0")
+# What llama.cpp's Llama can follow, of config.json and its rope_parameters.
+CAN_BE = {
+    "quantization_config": (None,),
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "rope_type": ("default", "llama3"),
+    "partial_rotary_factor": (1.0,),
+}
+CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
+OURS = "qlora_helpers.written"  # the key of a file that may be replaced
+OWN_KEYS = re.compile(  # follow from the folder, and are not copied from the source
+    r"general\.(architecture|alignment|file_type|quantization_version)|"
+    r"tokenizer\.ggml\.(eos_token_id|bos_token_id|add_bos_token|add_eos_token)|"
+    r"tokenizer\.chat_template.*"
 )
-
-KINDS = {  # GGUF's name for the weights' type, and llama.cpp's number of such a file
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}
-# Keys that are not copied from the source: they follow from the new file's own weights
-# and tokenizer. TEMPLATE is the start of several such keys.
-OWN_KEYS = {
-    "general.architecture",
-    "general.alignment",
-    "general.file_type",
-    "general.quantization_version",
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.bos_token_id",
-    "tokenizer.ggml.add_bos_token",
-    "tokenizer.ggml.add_eos_token",
-}
+FACTORS = "rope_freqs.weight"  # the tensor that stretches Llama 3's rotary embedding
 
 
 def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     """Write a merged Llama as one GGUF file, whole or not at all.
 
-    folder: of a merged model. source: the base's own GGUF. The vocabulary is copied
-    from the source; the network, the end token and the chat template come from the
-    folder. kind: the type of the matrices, one of KINDS; norms stay fp32. If a base has
-    no GGUF, llama.cpp's `convert_hf_to_gguf.py` makes one.
+    folder: of a merged model. source: the base's own GGUF, whose vocabulary is copied;
+    network, end token and chat template are the folder's. kind: the type of the
+    matrices, one of KINDS; norms stay fp32. If a base has no GGUF, llama.cpp's
+    `convert_hf_to_gguf.py` makes one.
 
     Raises ValueError for whatever llama.cpp would not open or would read wrongly,
-    FileNotFoundError if the folder's weights or tokenizer or the source do not exist,
-    and FileExistsError or PermissionError for a file that must not or cannot be
-    written. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
+    FileNotFoundError for a missing file, and FileExistsError for a `file` that must not
+    be replaced. Source: llama.cpp, gguf-py and conversion of LlamaForCausalLM.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: take one of {', '.join(KINDS)}")
     folder, source, file = (Path(p).expanduser() for p in (folder, source, file))
     check_place(file, source)
-    weights, config = model_files.weight_files(folder), read_config(folder)
-    tensors = tensors_of(weights, config, kind)
-    reader = read_source(source)
-    check_tokens(folder, reader, config)
-    check_network(reader, config, {short for short, _ in tensors.values()})
-    keys = network_keys(config) | tokenizer_keys(folder, config)
+    config, tensors = read_model(folder, kind)
+    if not any(folder.glob("tokenizer*")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: copy the base's into it")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    shorts = {short for _, short in tensors.values()}
+    reader = read_source(source, config, tokenizer, shorts)
     stretched = config.rope_parameters["rope_type"] != "default"
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    with directory_beside(file) as beside:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as beside:
         made = Path(beside) / file.name
         writer = gguf.GGUFWriter(made, arch="llama")
         writer.add_bool(OURS, True)  # first, so that check_place finds it
-        copy_keys(reader, writer, KINDS[kind])
-        for key, value in keys.items():
-            writer.add_key_value(key, value, TYPES[type(value)])
+        for key, field in reader.fields.items():
+            copied = key.startswith(("general.", "tokenizer."))
+            if copied and not OWN_KEYS.fullmatch(key):
+                main, sub = [*field.types, None][:2]
+                writer.add_key_value(key, field.contents(), main, sub_type=sub)
+        for key, value in network_keys(config).items():
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(key, value)
+        add_tokenizer(writer, tokenizer, folder, config)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if stretched or any(tensor.name == FACTORS for tensor in reader.tensors):
             add_tensor(writer, FACTORS, rope_factors(config), "F32")
-        for name, (short, shard) in tqdm(tensors.items(), desc=file.name, delay=5):
-            with safe_open(shard, "pt") as opened:
+        for name, (shard, short) in tqdm(tensors.items(), desc=file.name, delay=5):
+            with open_weights(shard) as opened:
                 weight = opened.get_tensor(name)
             if projection := next((p for p in heads if p in name), None):
                 weight = interleave(weight, heads[projection])
@@ -91,121 +91,159 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     return file
 
 
-OURS = "qlora_helpers.written"  # the key of a file that may be replaced
-TYPES = {
-    bool: gguf.GGUFValueType.BOOL,
-    int: gguf.GGUFValueType.UINT32,
-    float: gguf.GGUFValueType.FLOAT32,
-    str: gguf.GGUFValueType.STRING,
-}
-
-
 def check_place(file: Path, source: Path) -> None:
     """Raise if the new file would replace one that must stay, or the source is gone."""
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file: give the base's own GGUF")
-    if file.is_dir():
-        raise FileExistsError(f"{file} is a folder: name a file in it")
     if not file.exists():
         return
-    if file.samefile(source):
-        raise FileExistsError(f"{file} is the source itself: name another file")
     with file.open("rb") as opened:
         start = opened.read(4096)
-        if not start.startswith(b"GGUF") or OURS.encode() not in start:
-            raise FileExistsError(
-                f"{file} exists and this package did not write it, so it would be lost:"
-                " name another file"
-            )
+    if file.samefile(source):
+        raise FileExistsError(f"{file} is the source itself: name another file")
+    if not start.startswith(b"GGUF") or OURS.encode() not in start:
+        raise FileExistsError(f"{file} was not written by this package: name another")
 
 
-def directory_beside(file: Path) -> tempfile.TemporaryDirectory:
-    """A temporary folder on the disk where the file will be."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=file.parent)
-    except OSError as error:
-        raise PermissionError(
-            f"{file} cannot be written ({error.strerror}): name a file in a folder "
-            "that you may write"
-        ) from None
+def read_model(folder: Path, kind: str):
+    """The folder's config, and each tensor's file and name in GGUF.
 
-
-def tensors_of(files, config, kind: str) -> dict[str, tuple[str, Path]]:
-    """For each tensor of a Llama its name in GGUF and its file, from the headers.
-
-    Raises ValueError, naming the tensor, for one that does not belong to a 16-bit or
-    32-bit Llama of this config.
+    Raises ValueError if llama.cpp's Llama cannot follow the config or hold a tensor.
     """
-    with torch.device("meta"):
-        wanted = LlamaForCausalLM(config).state_dict()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors, found = tensors_of(folder), {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    given = config.to_dict()
+    given |= given.get("rope_parameters") or {}
+    for name, allowed in CAN_BE.items():
+        if (value := given.get(name, allowed[0])) not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise ValueError(
+                f"{folder} has {name} {value!r}, expected {expected}; {CONVERTER}"
+            )
+    model, _ = models.skeleton(config, None, torch.float32)
+    known = set(model.state_dict())
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    found = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no dict)
-                if name.endswith("rotary_emb.inv_freq"):  # in old Llamas; not a weight
-                    continue
-                part = opened.get_slice(name)
-                shape, dtype = part.get_shape(), part.get_dtype()
-                short = names.get_name(name, try_suffixes=(".weight",))
-                if dtype not in ("BF16", "F16", "F32"):
-                    fault = f"is {dtype}, expected 16 or 32 bits: merge the model first"
-                elif short is None or name not in wanted:
-                    fault = f"has no place in a Llama's GGUF; {CONVERTER}"
-                elif shape != [*wanted[name].shape]:
-                    fault = f"is {shape}, but config.json says {[*wanted[name].shape]}"
-                    fault += ": merge the model again"
-                elif len(shape) == 2 and shape[1] % block:
-                    fault = f"has rows of {shape[1]}, not a multiple of {block}: "
-                    fault += "take F16"
-                else:
-                    found[name] = short, file
-                    continue
-                raise ValueError(f"{name} in {file} {fault}")
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := sorted(wanted.keys() - found.keys() - tied):
-        raise ValueError(f"{files[0].parent} lacks {missing[0]}: merge the model again")
-    return found
-
-
-def copy_keys(source: gguf.GGUFReader, writer: gguf.GGUFWriter, kind) -> None:
-    """Copy the vocabulary and the general keys; the type is the new file's own."""
-    for key, field in source.fields.items():
-        if key in OWN_KEYS or key.startswith(TEMPLATE):
+    for name, (file, tensor) in tensors.items():
+        if name.endswith("rotary_emb.inv_freq"):  # in old Llamas; not a weight
             continue
-        if key.startswith(("general.", "tokenizer.")):
-            sub = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
-    writer.add_file_type(kind)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        short = table.get_name(name, try_suffixes=(".weight",))
+        if short is None or name not in known:
+            raise ValueError(f"{name} in {file} has no place in a GGUF; {CONVERTER}")
+        if tensor.ndim == 2 and tensor.shape[1] % block:
+            raise ValueError(f"{name}: {block} does not divide its width: take F16")
+        found[name] = file, short
+    check_tensors(folder, tensors, model)
+    return config, found
+
+
+def network_keys(config) -> dict:
+    """What a GGUF says about a Llama's network, from its config; floats as fp32."""
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(np.float32(config.rms_norm_eps)),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(np.float32(config.rope_parameters["rope_theta"])),
+    }
+    return {f"llama.{key}": value for key, value in keys.items()}
+
+
+def read_source(source, config, tokenizer, shorts: set[str]) -> gguf.GGUFReader:
+    """The base's own GGUF. Raises ValueError if the folder's model is another one."""
+    try:
+        reader = gguf.GGUFReader(source)
+        tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    except Exception as error:  # GGUFReader raises many kinds, none of its own
+        raise ValueError(
+            f"{source} cannot be read as GGUF ({error!r}): give the base's own GGUF"
+        ) from None
+    here = network_keys(config) | {"general.architecture": "llama"}
+    rows = [  # what it is, in the source, in the folder
+        (key, field.contents(), here.get(key))
+        for key, field in reader.fields.items()
+        if key in here or key.startswith("llama.")
+    ]
+    rows.append(("the number of tokens", len(tokens), config.vocab_size))
+    there = dict(enumerate(tokens))
+    for token, number in tokenizer.get_vocab().items():
+        rows.append((f"token {number}", there.get(number), token))
+    differ = [
+        f"{what} is {theirs!r} in the source and {ours!r} in the folder"
+        for what, theirs, ours in rows
+        if theirs != ours
+    ]
+    factors = rope_factors(config).numpy()
+    for tensor in reader.tensors:
+        if tensor.name == FACTORS:
+            same = tensor.data.shape == factors.shape
+            if not (same and np.allclose(tensor.data, factors)):
+                differ.append(f"{FACTORS} in the source is not config.json's RoPE")
+        elif tensor.name not in shorts | {"output.weight"}:  # it may hold a tied head
+            differ.append(f"the source has {tensor.name} but the folder does not")
+    if differ:
+        raise ValueError(
+            f"the source is not the GGUF of this model's base ({len(differ)} differ: "
+            f"{'; '.join(differ[:4])}): give the base's own GGUF; if there are new "
+            f"tokens, {CONVERTER}"
+        )
+    return reader
+
+
+def add_tokenizer(writer, tokenizer, folder: Path, config) -> None:
+    """Add end token, start token and chat template. ValueError if ends differ."""
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    ends = config.eos_token_id
+    if (folder / "generation_config.json").exists():
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    if end is None or end not in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError(
+            f"the tokenizer of {folder} ends at token {end} but its generation_config."
+            f"json at {ends}, and llama.cpp follows the tokenizer: make the two agree"
+        )
+    writer.add_eos_token_id(end)
+    starts = start is not None and tokenizer("?").input_ids[:1] == [start]
+    if start is not None:
+        writer.add_bos_token_id(start)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.get_chat_template())
+        # llama.cpp would put BOS before a chat too, which transformers never does
+        chat = [{"role": "user", "content": "?"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        starts = starts and text.startswith(tokenizer.bos_token)
+    writer.add_add_bos_token(starts)
+
+
+def rope_factors(config) -> torch.Tensor:
+    """llama.cpp's divisor of each rotary frequency: shape (head_dim / 2,), fp32."""
+    plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    return plain / LlamaRotaryEmbedding(config).inv_freq
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key projection in llama.cpp's order: (out, in) as before.
-
-    transformers rotates the first half of a head's rows with its second half, llama.cpp
-    each row with its neighbour.
-    """
+    """Rows of a query or key projection in llama.cpp's order: (out, in) as before."""
+    # transformers rotates row n of a head with row n + half, llama.cpp neighbours
     out, width = weight.shape
     halves = weight.view(heads, 2, out // heads // 2, width)
     return halves.transpose(1, 2).reshape(out, width)
 
 
 def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
-    """Quantize one tensor, as llama.cpp does, and add it under its GGUF name.
-
-    Raises ValueError for numbers that the type cannot hold.
-    """
+    """Quantize and add a tensor. ValueError for a number that the type cannot hold."""
     most = torch.finfo(torch.float32 if kind in ("F32", "BF16") else torch.float16).max
     weight = weight.float()
     if not (weight.abs() <= most).all():
         raise ValueError(
-            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot "
-            "hold: take BF16, or find out where the number comes from"
+            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot hold:"
+            " take BF16, or find out where it comes from"
         )
-    wanted = gguf.GGMLQuantizationType[kind]
-    writer.add_tensor(
-        name, gguf.quants.quantize(weight.numpy(), wanted), raw_dtype=wanted
-    )
+    dtype = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quants.quantize(weight.numpy(), dtype)
+    writer.add_tensor(name, packed, raw_dtype=dtype)

@@ -8,12 +8,11 @@ Notebook 07 writes out `lora_change` and `through_nf4`, and says which base to t
 import argparse
 import json
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -21,13 +20,7 @@ from qlora_helpers import adapters, env, folders, model_files, models
 from qlora_helpers.memory import private_peak
 from qlora_helpers.model_files import open_weights
 from qlora_helpers.models import base_folder
-from qlora_helpers.ship.mergeable import (
-    _check_fit,
-    _check_whole,
-    four_bit_weights,
-    read_pairs,
-    tensors_of,
-)
+from qlora_helpers.ship.mergeable import four_bit_weights, read_pairs, tensors_of
 
 INTO = ("dequantized", "original")
 SHARD = 10**9  # bytes, of 16-bit weights
@@ -52,65 +45,45 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def merge_folder(
-    base: str,
-    adapter,
-    out,
-    into: str = "dequantized",
-    shard_bytes: int = SHARD,
-    revision: str | None = None,
+    base: str, adapter, out, into: str = "dequantized", shard_bytes: int = SHARD
 ) -> Path:
     """Write base plus adapter as a 16-bit model to `out`: the whole folder or none.
 
-    base: as load_base takes it. adapter: a folder of `adapters.save_adapter`. into:
-    "dequantized", the NF4 weights that the adapter was trained on, in 16 bits, or
-    "original", the base's own. Weights keep the dtype of the base's files. Held at
-    once are one shard of `shard_bytes` and the work on one matrix: `work_bytes`.
-    revision: of a Hub id; by default the commit that the adapter's note names.
+    base: as load_base takes it; of a Hub id the commit that the adapter's note names.
+    adapter: a folder of `adapters.save_adapter`. into: "dequantized", the NF4 weights
+    that the adapter was trained on, in 16 bits, or "original", the base's own. Weights
+    keep the dtype of the base's files. Held at once are one shard of `shard_bytes` and
+    the work on one matrix: `work_bytes`.
 
     Raises ValueError for an adapter that is more than B A, and what `check_adapter`
-    raises. Raises FileExistsError if `out` is the base or the adapter, or holds
-    anything that this package did not write.
+    raises; FileExistsError if `out` is the base or the adapter, or holds anything that
+    this package did not write.
     """
     if into not in INTO:
         raise ValueError(f"into={into!r}: expected one of {', '.join(INTO)}")
     adapter = Path(adapter).expanduser()
-    known = adapters.base_of(adapter)
-    revision = revision or remembered(base, adapter)
-    adapters.tensor_names(adapter)  # it is complete, or an error says what is damaged
-    inputs = {"the adapter": adapter}
-    if base != models.EMBEDDED:  # a Hub id is no folder, and is compared below
-        inputs["the base"] = Path(base).expanduser()
+    known, revision = adapters.base_of(adapter), remembered(base, adapter)
+    inputs = {"the adapter": adapter, "the base": Path(base).expanduser()}
     folders.check_out(out, NOTE, inputs)  # before a base is fetched
-    source = base_folder(base, revision)
-    inputs["the base"] = source
-    folders.check_out(out, NOTE, inputs)
-    pairs = read_pairs(adapter)
-    files = tensors_of(source)
-    _check_fit(pairs, files, source, adapter)
-    _check_whole(adapter, source, files)
+    source = inputs["the base"] = base_folder(base, revision)
+    pairs = read_pairs(adapter, source)
     adapters.check_adapter(adapter, models.base_identity(base, revision))
     linear = four_bit_weights(source, adapter) if into == "dequantized" else {}
+    files = tensors_of(source)
     shards = split(files, shard_bytes)
     facts = {"base": known["name"], "revision": known["revision"], "into": into}
     with folders.written_whole(out, NOTE, facts, inputs) as made:
-        with tqdm(total=len(files), desc="merging", unit="tensor", delay=5) as bar:
-            for file, names in shards.filename_to_tensors.items():
-                shard = {}
-                for name in names:
-                    with open_weights(files[name][0]) as opened:
-                        weight = opened.get_tensor(name)
-                    shard[name] = merge_tensor(
-                        weight, pairs.get(name), linear.get(name)
-                    )
-                    bar.update()
-                save_file(shard, made / file, metadata={"format": "pt"})
+        for file, names in shards.filename_to_tensors.items():
+            shard = {}
+            for name in tqdm(names, desc=f"merging {file}", delay=5):
+                with open_weights(files[name][0]) as opened:
+                    weight = opened.get_tensor(name)
+                shard[name] = merge_tensor(weight, pairs.get(name), linear.get(name))
+            save_file(shard, made / file, metadata={"format": "pt"})
         if shards.is_sharded:
-            index = {
-                "metadata": shards.metadata,
-                "weight_map": shards.tensor_to_filename,
-            }
-            text = json.dumps(index, indent=1)
-            (made / model_files.INDEX).write_text(text, "utf-8")
+            where = shards.tensor_to_filename
+            index = {"metadata": shards.metadata, "weight_map": where}
+            (made / model_files.INDEX).write_text(json.dumps(index, indent=1), "utf-8")
         copy_rest(source, made, model_files.CONFIGS)
         # whole from one of them: a chat template of the other would change the prompt
         own = any((adapter / name).exists() for name in model_files.VOCABULARIES)
@@ -121,90 +94,74 @@ def merge_folder(
 def remembered(base: str, adapter) -> str | None:
     """The revision of `base` that the adapter was trained on; None for other bases."""
     known = adapters.base_of(adapter)
-    if known["name"] != base or Path(base).expanduser().is_dir():
-        return None
-    return known["revision"]
+    same = known["name"] == base and not Path(base).expanduser().is_dir()
+    return known["revision"] if same else None
 
 
 def merge_tensor(weight, pair, four_bit):
-    """One tensor of the merged model: (out, in), in the dtype that it came in.
+    """One tensor of the merged model, in the shape and dtype that it came in.
 
-    pair: the adapter's (A, B, scaling), or None. four_bit: the dtype in which the
-    weight was quantized, or None for a weight that was not.
+    pair: A, B and scaling, or None. four_bit: the dtype it was quantized in, or None.
     """
     dtype = weight.dtype
     if four_bit is not None:
         weight = through_nf4(weight.to(four_bit))
     if pair is not None:
-        change = lora_change(*pair)  # fp32, so that the sum is rounded once
-        weight = change.add_(weight)
+        weight = lora_change(*pair).add_(weight)  # fp32, so that it is rounded once
     return weight.to(dtype)
 
 
-def work_bytes(
-    base: str, adapter, into: str = "dequantized", shard_bytes: int = SHARD
-) -> int:
+def work_bytes(base: str, adapter, into: str, shard_bytes: int) -> int:
     """The most that `merge_folder` holds at once, on a CPU: predicted from shapes.
 
-    Of the fullest shard the tensors that change (the others are mapped, from file to
-    file), the work on the largest matrix, and the adapter.
+    It holds those tensors of the fullest shard that change (the others are mapped, from
+    file to file), the work on the largest matrix, and the adapter.
     """
-    source = base_folder(base)
-    files, pairs = tensors_of(source), read_pairs(adapter)
+    source = base_folder(base, remembered(base, adapter))
+    files, pairs = tensors_of(source), read_pairs(adapter, source)
     changed = set(pairs)
     if into == "dequantized":
         changed |= set(four_bit_weights(source, adapter))
+    size = {name: files[name][1].nbytes for name in changed}
     shards = split(files, shard_bytes).filename_to_tensors.values()
-    fullest = max(sum(files[n][1] for n in names if n in changed) for names in shards)
-    sizes = (A.shape[1] * B.shape[0] for A, B, _ in pairs.values())
-    largest = max(sizes, default=0)
+    fullest = max(sum(size.get(name, 0) for name in names) for names in shards)
+    largest = max(files[name][1].numel() for name in pairs)
     kept = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
     return fullest + WORK[into] * largest + kept
 
 
 def split(files, shard_bytes: int):
     """Which tensors go into which file of the merged model: huggingface_hub's plan."""
-    return split_state_dict_into_shards_factory(
-        {name: size for name, (_, size) in files.items()},
-        get_storage_size=lambda size: size,
-        get_storage_id=lambda size: None,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
-    )
+    tensors = {name: tensor for name, (_, tensor) in files.items()}
+    return split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
 
 
 def copy_rest(source: Path, target: Path, patterns) -> None:
     """Copy what matches a pattern from a model's folder."""
-    for file in source.iterdir():
-        if any(fnmatch(file.name, one) for one in patterns):
-            copy = shutil.copytree if file.is_dir() else shutil.copyfile
-            copy(file, target / file.name)
+    for file in {file for pattern in patterns for file in source.glob(pattern)}:
+        copy = shutil.copytree if file.is_dir() else shutil.copyfile
+        copy(file, target / file.name)
 
 
-def main(arguments=None) -> None:
+def main() -> None:
     """The command line: merge, and say what memory it took."""
     parser = argparse.ArgumentParser("python -m qlora_helpers.ship.merge")
     parser.add_argument("base", help="embedded, a folder, or a Hub id")
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("adapter")
+    parser.add_argument("out")
     parser.add_argument("--into", choices=INTO, default="dequantized")
     parser.add_argument("--shard-mb", type=int, default=SHARD // 10**6)
-    parser.add_argument("--revision", help="of a Hub id; default: the adapter's")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     env.quiet()
-    size = given.shard_mb * 10**6
     env.return_freed_memory()
+    how = given.into, given.shard_mb * 10**6
     try:
-        given.revision = given.revision or remembered(given.base, given.adapter)
-        source = base_folder(given.base, given.revision)
-        predicted = work_bytes(str(source), given.adapter, given.into, size)
-        with private_peak() as found:
-            merge_folder(
-                given.base, given.adapter, given.out, given.into, size, given.revision
-            )
+        predicted = work_bytes(given.base, given.adapter, *how)
+        with private_peak() as held:
+            merge_folder(given.base, given.adapter, given.out, *how)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"predicted {predicted / 1e6:.0f} MB, held {found['bytes'] / 1e6:.0f} MB")
+    print(f"predicted {predicted / 1e6:.0f} MB, held {held['bytes'] / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
