@@ -37,16 +37,14 @@ def compare(id, predicted, measured, unit="", digits=3, by="measured") -> None:
 def choose(id, predicted, answer, options, by="measurement") -> None:
     """Print whether the chosen option is the one that the measurement shows.
 
-    `options` is a list (its letters are a, b, c, ...) or a dict from letter to text;
-    `predicted` is one of the letters, or `...` as long as there is no guess. `by` says
-    what shows the answer, where it is no measurement ("rehearsal").
+    `options` is a list of texts, whose letters are a, b, c, ...; `predicted` is one of
+    the letters, or `...` as long as there is no guess. `by` says what shows the answer,
+    where it is no measurement ("rehearsal").
 
     Raises ValueError for an id that is not like "02.saves", or for another letter.
     """
-    if not isinstance(options, dict):
-        options = {chr(ord("a") + i): text for i, text in enumerate(options)}
-    guess = None if predicted is ... else predicted
-    letters, known = list(options), ", ".join(map(repr, options))
+    texts = {chr(ord("a") + i): text for i, text in enumerate(options)}
+    letters, known = list(texts), ", ".join(map(repr, texts))
     if answer not in letters:
         raise ValueError(f"{id}: answer is {answer!r}, expected one of {known}")
     if predicted is not ... and predicted not in letters:
@@ -54,12 +52,13 @@ def choose(id, predicted, answer, options, by="measurement") -> None:
             f"{id}: predicted is {predicted!r}, expected one of {known}, or ... for no "
             "guess yet"
         )
-    shown = f"the {by} shows {answer} ({options[answer]})"
+    guess = None if predicted is ... else predicted
+    shown = f"the {by} shows {answer} ({texts[answer]})"
     if guess is None:
         line = f"no prediction yet, {shown}"
     else:
         verdict = "as predicted" if guess == answer else "not as predicted"
-        line = f"predicted {guess} ({options[guess]}), {shown}: {verdict}"
+        line = f"predicted {guess} ({texts[guess]}), {shown}: {verdict}"
     _tell(id, line, kind="choose", predicted=guess, measured=answer)
 
 

@@ -6,8 +6,7 @@ import torch
 def try_out(name, function, cases, same=lambda yours, expected: yours == expected):
     """True if the function gives what is expected in every case; prints one line.
 
-    `cases` is a list of (arguments, expected). Nothing a reader's function raises
-    stops the notebook.
+    `cases` is a list of (arguments, expected). If the function raises, it says so.
     """
     for arguments, expected in cases:
         call = f"{function.__name__}({', '.join(map(_short, arguments))})"
