@@ -15,7 +15,6 @@ from qlora_helpers.records.night_trains import (
 )
 from qlora_helpers.records.prompts import (
     MAX_LENGTH,
-    adds_special_tokens,
     alpaca_layout,
     context_ids,
     leading_ids,
@@ -30,7 +29,6 @@ __all__ = [
     "MAX_LENGTH",
     "SPLITS",
     "SYSTEM",
-    "adds_special_tokens",
     "alpaca_layout",
     "as_list",
     "check_record",

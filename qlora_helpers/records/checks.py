@@ -7,11 +7,11 @@ from datasets import DatasetDict, IterableDatasetDict
 
 COLUMNS = ("instruction", "input", "output")
 KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
-PAIRS = [
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "response"),
+RENAMES = [  # columns of other data sets, and what to call them
+    {"prompt": "instruction", "completion": "output"},
+    {"prompt": "instruction", "response": "output"},
+    {"question": "instruction", "answer": "output"},
+    {"response": "output"},
 ]
 ROLES = {  # of a chat's turns: the column that holds such a turn's text
     "system": "system",
@@ -57,35 +57,34 @@ def check_record(record: dict, row: int) -> None:
 
 def advice(record: dict) -> str:
     """Say how to make Alpaca's columns from a record that has other columns."""
-    for pair in PAIRS:
-        if all(isinstance(record.get(name), str) for name in pair):
-            names = zip(pair, ("instruction", "output"), strict=True)
-            return "rename " + " and ".join(f"{a} to {b}" for a, b in names if a != b)
+    for names in RENAMES:
+        if all(isinstance(record.get(name), str) for name in names):
+            pairs = (f"{old} to {new}" for old, new in names.items())
+            return "rename " + " and ".join(pairs)
     found = {}  # the code that takes a column's text from a chat
     for name, chat in record.items():
-        for row, turn in enumerate(chat if isinstance(chat, list) else ()):
-            if name != "history" and isinstance(turn, dict):
+        for place, turn in enumerate(chat if isinstance(chat, list) else ()):
+            if isinstance(turn, dict) and name != "history":
                 column = ROLES.get(str(turn.get("role", turn.get("from"))))
                 text = "value" if "value" in turn else "content"
-                found.setdefault(column, f"row[{name!r}][{row}][{text!r}]")
+                found.setdefault(column, f"row[{name!r}][{place}][{text!r}]")
     if found:
         columns = [c for c in ("system", "instruction", "output") if c in found]
         made = ", ".join(f"{column!r}: {found[column]}" for column in columns)
-        whole = {"instruction", "output"} <= set(found)
-        code = f", such as {{{made}}}" if whole else ""
-        return (
-            "each row must be one question and one answer, because several turns are "
-            "not supported: put the text of the role user into instruction, that of "
-            f"assistant into output and that of system, if any, into system{code}"
+        code = (
+            f", such as {{{made}}}" if columns[-2:] == ["instruction", "output"] else ""
         )
-    if any(isinstance(record.get(name), list) for name in (*COLUMNS, "system")):
-        return "instruction, input, output and system must be text"
-    if "text" in record:
+        return (
+            "several turns are not supported: put the text of the role user into "
+            "instruction, that of assistant into output and that of system, if any, "
+            f"into system{code}"
+        )
+    if isinstance(record.get("text"), str):
         return (
             "the column 'text' seems to hold question and answer: write the question "
             "into instruction and the answer into output"
         )
-    return "rename your columns to instruction, input and output, and put text in them"
+    return "rename or convert: instruction, input, output and system must be text"
 
 
 def as_list(records) -> list[dict]:
@@ -102,8 +101,8 @@ def as_list(records) -> list[dict]:
         what = f"{str(records)!r}: read the file, and give the list of its records"
     elif isinstance(records, dict) or not hasattr(records, "__iter__"):
         what = f"a {kind}: give a list of dicts, one for each record"
-    else:
-        if not (found := list(records)):
-            raise ValueError("the list of records is empty: give at least one record")
+    elif found := list(records):
         return found
+    else:
+        raise ValueError("the list of records is empty: give at least one record")
     raise ValueError(f"records is {what}")
