@@ -14,13 +14,8 @@ from PIL import Image
 # (points: marker=plots.MARKERS[i]), so that colour never says it alone.
 COLOURS = ("#0063A6", "#C2410C", "#00795C", "#A3268C", "#7A6000", "#4D4D4D")
 DASHES = (
-    "-",
-    (0, (6, 2)),
-    (0, (2, 1.5)),
-    (0, (7, 2, 2, 2)),
-    (0, (4, 1.5)),
-    (0, (1, 1)),
-)
+    "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (4, 1.5)), (0, (1, 1))
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "X")
 
 STYLE = {
@@ -37,6 +32,7 @@ STYLE = {
     "lines.markersize": 5,
 }
 DPI = 100
+GAP = 13  # points between two labels at lines' ends, at least
 
 
 def figure(rows=1, columns=1, size=(6.4, 3.4)):
@@ -50,11 +46,10 @@ def figure(rows=1, columns=1, size=(6.4, 3.4)):
     return fig, axes
 
 
-def label_ends(ax, gap=13) -> None:
+def label_ends(ax) -> None:
     """Write each line's label at its right end, in its colour, instead of a legend.
 
-    `gap` is the least distance between two labels in points. A line without a label
-    gets none. Call it last: the axes' limits must be final.
+    Call it last, because the axes' limits must be final.
     """
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
     points = 72 / ax.figure.dpi  # of one pixel
@@ -66,7 +61,7 @@ def label_ends(ax, gap=13) -> None:
     heights = [height(line) for line in lines]
     for _ in range(100):  # those that overlap move apart, both by as much
         for upper in range(1, len(heights)):
-            overlap = heights[upper - 1] + gap - heights[upper]
+            overlap = heights[upper - 1] + GAP - heights[upper]
             if overlap > 0:
                 heights[upper - 1] -= overlap / 2
                 heights[upper] += overlap / 2
@@ -128,27 +123,19 @@ def _check(fig) -> None:
         if not ax.axison or not ax.get_visible():
             continue
         for axis in (ax.xaxis, ax.yaxis):
+            ticks = axis.get_ticklabels() if axis.get_visible() else ()
+            read = any(tick.get_visible() and tick.get_text() for tick in ticks)
             label = axis.get_label_text()
-            if _is_read(axis) and not re.search(r"\([^()]+\)$", label.strip()):
+            if read and not re.search(r"\([^()]+\)$", label.strip()):
                 raise ValueError(
                     f"the {axis.axis_name} axis is labelled {label!r}: end it with its "
                     'unit, such as "loss (nat per token)" or "layer (no unit)"'
                 )
         for bars in ax.containers:
             upright = getattr(bars, "orientation", None)  # whiskers have none
-            low, high = sorted(
-                ax.get_ylim() if upright == "vertical" else ax.get_xlim()
-            )
-            if upright and not low <= 0 <= high:
+            ends = ax.get_ylim() if upright == "vertical" else ax.get_xlim()
+            if upright and not min(ends) <= 0 <= max(ends):
                 raise ValueError(
-                    f"bars are drawn from {low:g}: let their axis start from zero, "
-                    "because a bar's length is its value, or draw points"
+                    f"bars are drawn from {min(ends):g}: let their axis start from "
+                    "zero, because a bar's length is its value, or draw points"
                 )
-
-
-def _is_read(axis) -> bool:
-    """True where the axis shows ticks with text, so that a reader needs its unit."""
-    ticks = axis.get_ticklabels()
-    return axis.get_visible() and any(
-        tick.get_visible() and tick.get_text() for tick in ticks
-    )

@@ -276,7 +276,7 @@ def test_shared_inner_axes_need_no_label(capsys):
 
 def test_labels_at_lines_ends_do_not_overlap(drawn):
     fig, ax = drawn
-    plots.label_ends(ax, gap=13)
+    plots.label_ends(ax)
     fig.canvas.draw()
     low, high = sorted(text.get_window_extent().y0 for text in ax.texts)
     assert (high - low) * 72 / fig.dpi >= 12.9

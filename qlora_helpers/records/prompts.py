@@ -76,10 +76,12 @@ def _system_of(record: dict, system: str | None) -> str | None:
     return None
 
 
-def _render(chat: list[dict], tokenizer, **ending) -> str:
+def _render(chat: list[dict], tokenizer, ask: bool) -> str:
     """The chat as the template writes it; ValueError if it leaves out a message."""
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **ending)
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=ask
+        )
     except TemplateError as error:
         if chat[0]["role"] != "system":
             raise
@@ -87,12 +89,13 @@ def _render(chat: list[dict], tokenizer, **ending) -> str:
             f"the chat template refuses the system message ({error}): {NO_SYSTEM}"
         ) from None
     parts = {"system": "system message", "user": "question", "assistant": "output"}
-    for role, content in (message.values() for message in chat):
-        if content.strip() not in text:
-            repair = "use one that writes each text as it is"
+    for message in chat:
+        if message["content"].strip() not in text:
+            other = "use a template that writes each text as it is"
+            repair = NO_SYSTEM if message["role"] == "system" else other
+            part = parts[message["role"]]
             raise ValueError(
-                f"the chat template leaves out or changes the {parts[role]}: "
-                f"{NO_SYSTEM if role == 'system' else repair}"
+                f"the chat template leaves out or changes the {part}: {repair}"
             )
     return text
 
@@ -105,7 +108,7 @@ def prompt(record: dict, tokenizer, system: str | None) -> str:
     """
     if not tokenizer.chat_template:
         return alpaca_layout(record, system)
-    return _render(messages(record, system), tokenizer, add_generation_prompt=True)
+    return _render(messages(record, system), tokenizer, ask=True)
 
 
 def whole_ids(record: dict, tokenizer, system: str | None) -> list[int]:
@@ -115,7 +118,7 @@ def whole_ids(record: dict, tokenizer, system: str | None) -> list[int]:
         output = output.removesuffix(end) + end
         return tokenizer(prompt(record, tokenizer, system) + output)["input_ids"]
     answered = {"role": "assistant", "content": output}
-    whole = _render([*messages(record, system), answered], tokenizer)
+    whole = _render([*messages(record, system), answered], tokenizer, ask=False)
     return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 

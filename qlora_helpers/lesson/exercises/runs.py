@@ -128,15 +128,11 @@ def check_learning_rate(schedule) -> bool:
 def check_held_bytes(held_bytes) -> bool:
     """Exercise 07.3: the most bytes that a merge by shards holds."""
     cases = []
-    for shape, shard, rank in (
-        ("70B", 10**9, 16),
-        ("8B", 5 * 10**9, 64),
-        ("1B", 10**8, 8),
-    ):
-        config = models.llama_config(shape)
+    for name, shard, r in (("70B", 10**9, 16), ("8B", 5 * 10**9, 64), ("1B", 10**8, 8)):
+        config = models.llama_config(name)
         hidden, intermediate, *others = _sizes(config)
-        adapter = 2 * rank * config.num_hidden_layers * sum(_widths(config))
-        given = (shard, hidden, intermediate, *others, rank)
+        adapter = 2 * r * config.num_hidden_layers * sum(_widths(config))
+        given = (shard, hidden, intermediate, *others, r)
         cases.append((given, shard + 4 * hidden * intermediate + adapter))
     return try_out("exercise 07.3", held_bytes, cases)
 
