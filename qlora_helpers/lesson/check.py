@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import string
 
 from qlora_helpers import env
 
@@ -43,14 +44,11 @@ def choose(id, predicted, answer, options, by="measurement") -> None:
 
     Raises ValueError for an id that is not like "02.saves", or for another letter.
     """
-    texts = {chr(ord("a") + i): text for i, text in enumerate(options)}
-    letters, known = list(texts), ", ".join(map(repr, texts))
-    if answer not in letters:
-        raise ValueError(f"{id}: answer is {answer!r}, expected one of {known}")
-    if predicted is not ... and predicted not in letters:
+    texts = dict(zip(string.ascii_lowercase, options, strict=False))
+    if answer not in list(texts) or predicted not in [*texts, ...]:
         raise ValueError(
-            f"{id}: predicted is {predicted!r}, expected one of {known}, or ... for no "
-            "guess yet"
+            f"{id}: answer is {answer!r} and predicted is {predicted!r}, expected one "
+            f"of {', '.join(map(repr, texts))}, or ... for no guess yet"
         )
     guess = None if predicted is ... else predicted
     shown = f"the {by} shows {answer} ({texts[answer]})"
@@ -139,8 +137,5 @@ def _text(value, digits) -> str:
     """`value` to `digits` significant digits, integers in full: 4.5, 134,515,008."""
     if isinstance(value, int):
         return f"{value:,}"
-    if not 1e-4 <= abs(value) < 1e15:  # also 0, infinite or no number
-        return f"{value:.{digits}g}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    large = 10**digits - 0.5 <= abs(value) < 1e15
+    return f"{value:,.0f}" if large else f"{value:.{digits}g}"

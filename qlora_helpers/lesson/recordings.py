@@ -24,9 +24,7 @@ def read(name, folder=FOLDER) -> dict:
     try:
         recording = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{file} is not JSON ({error}): restore it from git"
-        ) from error
+        raise ValueError(f"{file} is no JSON: restore it from git") from error
     check(name, recording)
     return recording
 

@@ -1,9 +1,6 @@
 """Whether records can be trained on, and what to do with those that cannot."""
 
-import os
 import reprlib
-
-from datasets import DatasetDict, IterableDatasetDict
 
 COLUMNS = ("instruction", "input", "output")
 KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
@@ -92,17 +89,13 @@ def as_list(records) -> list[dict]:
 
     records: a list, a Dataset or another iterable of dicts.
     """
-    kind = type(records).__name__
-    if isinstance(records, DatasetDict | IterableDatasetDict):
-        what = f"a {kind}: give one of its splits, such as records['train']"
-    elif hasattr(records, "iterrows"):
-        what = f"a {kind} of pandas: give records.to_dict('records')"
-    elif isinstance(records, str | os.PathLike):
-        what = f"{str(records)!r}: read the file, and give the list of its records"
-    elif isinstance(records, dict) or not hasattr(records, "__iter__"):
-        what = f"a {kind}: give a list of dicts, one for each record"
-    elif found := list(records):
-        return found
-    else:
+    a_table = isinstance(records, str | dict) or hasattr(records, "iterrows")
+    if a_table or not hasattr(records, "__iter__"):
+        raise ValueError(
+            f"records is a {type(records).__name__}: give a list of dicts, one for "
+            "each record, such as records['train'] of a DatasetDict, "
+            "records.to_dict('records') of a DataFrame, or what was read from a file"
+        )
+    if not (found := list(records)):
         raise ValueError("the list of records is empty: give at least one record")
-    raise ValueError(f"records is {what}")
+    return found
