@@ -137,5 +137,5 @@ def _text(value, digits) -> str:
     """`value` to `digits` significant digits, integers in full: 4.5, 134,515,008."""
     if isinstance(value, int):
         return f"{value:,}"
-    large = 10**digits - 0.5 <= abs(value) < 1e15
+    large = 10 ** (digits - 1) <= abs(value) < 1e15
     return f"{value:,.0f}" if large else f"{value:.{digits}g}"

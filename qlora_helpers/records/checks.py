@@ -68,9 +68,8 @@ def advice(record: dict) -> str:
     if found:
         columns = [c for c in ("system", "instruction", "output") if c in found]
         made = ", ".join(f"{column!r}: {found[column]}" for column in columns)
-        code = (
-            f", such as {{{made}}}" if columns[-2:] == ["instruction", "output"] else ""
-        )
+        whole = columns[-2:] == ["instruction", "output"]
+        code = f", such as {{{made}}}" if whole else ""
         return (
             "several turns are not supported: put the text of the role user into "
             "instruction, that of assistant into output and that of system, if any, "

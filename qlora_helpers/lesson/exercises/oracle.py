@@ -1,9 +1,11 @@
 """Try a reader's function, and print one line that helps."""
 
+import operator
+
 import torch
 
 
-def try_out(name, function, cases, same=lambda yours, expected: yours == expected):
+def try_out(name, function, cases, same=operator.eq) -> bool:
     """True if the function gives what is expected in every case; prints one line.
 
     `cases` is a list of (arguments, expected). If the function raises, it says so.
