@@ -36,7 +36,7 @@ TOKEN = re.compile(
     r"--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|\w+|\S", re.S
 )
 START = r"\b(?:SELECT|WITH\s+(?:RECURSIVE\s+)?\w+\s*(?:\([^)]*\)\s*)?AS)\b"
-CLAUSES = "FROM|WHERE|GROUP|HAVING|ORDER|LIMIT|UNION|JOIN|LEFT|INNER|AND|OR"
+CLAUSES = "FROM|WHERE|GROUP|HAVING|ORDER|LIMIT|UNION|JOIN|LEFT|INNER"
 
 
 class Result(NamedTuple):
@@ -198,8 +198,8 @@ def check_databases(databases) -> None:
     given = databases if isinstance(databases, list | tuple) else ()
     if not given or any(not isinstance(one, sqlite3.Connection) for one in given):
         raise TypeError(
-            f"databases is {reprlib.repr(databases)}: give a list of what "
-            "sql.open_database(script) returns"
+            f"databases is {reprlib.repr(databases)}: give a list of one or more open "
+            "databases, each from sql.open_database(script)"
         )
 
 

@@ -32,7 +32,7 @@ def database_scripts() -> list[str]:
 
 
 def open_databases() -> list:
-    """These three databases, opened by `sql.open_database`."""
+    """The three databases, opened by `sql.open_database`."""
     return [sql.open_database(script) for script in database_scripts()]
 
 
