@@ -27,21 +27,20 @@ def check_record(record: dict, row: int) -> None:
     """
     if not isinstance(record, dict):
         raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
-    for column in ("instruction", "output"):
-        if column not in record:
+    for column in (*COLUMNS, "system"):
+        needed, value = column in ("instruction", "output"), record.get(column)
+        if needed and column not in record:
             raise ValueError(
                 f"row {row} has no column {column!r}, only "
                 f"{sorted(map(str, record))}: {advice(record)}"
             )
-    for column in (*COLUMNS, "system"):
-        value = record.get(column)
-        if value is not None and not isinstance(value, str):
+        if not isinstance(value, str | None):
             way = f": {advice(record)}" if isinstance(value, list) else ""
             raise ValueError(
                 f"row {row}: {column} is {reprlib.repr(value)} "
                 f"({type(value).__name__}), not text{way}"
             )
-        if column in ("instruction", "output") and not (value or "").strip():
+        if needed and not (value or "").strip():
             raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
     history = record.get("history")
     # pandas writes NaN, a float, where a row has no history
