@@ -47,6 +47,14 @@ def test_compare_prints_one_line(predicted, measured, unit, line, capsys):
     assert capsys.readouterr().out == f"02.bits: {line}\n"
 
 
+@pytest.mark.parametrize(
+    "digits, text", [(2, "1,235"), (4, "1,235"), (5, "1,234.6"), (6, "1,234.57")]
+)
+def test_digits_are_significant_ones(digits, text, capsys):
+    check.compare("02.bits", ..., 1234.567, digits=digits)
+    assert capsys.readouterr().out.endswith(f"measured {text}\n")
+
+
 def test_what_was_not_measured_is_not_called_so(capsys):
     check.compare("04.kept", 1, 11.4, "GiB", by="rehearsed")
     check.choose("04.kbit", "a", "b", ["nothing", "more"], by="calculation")

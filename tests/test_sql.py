@@ -220,6 +220,10 @@ def test_an_endless_query_stops_by_counted_steps(databases):
          [(2, 1)]),
         ("SELECT a.id FROM star a JOIN star b ON a.id = b.id + 1 GROUP BY 1 "
          "HAVING count(*) > 0 ORDER BY 1 LIMIT 1 OFFSET 1", [(3,)]),
+        ("WITH a AS (SELECT id, name, magnitude FROM star), b AS (SELECT a.id, a.name, "
+         "a.magnitude FROM a JOIN star s ON a.id = s.id) SELECT b.name, a.magnitude "
+         "FROM a JOIN b ON a.id = b.id WHERE a.id IN (1, 2) AND b.id IN (1, 3)",
+         [("Vega", 0.03)]),
         ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3) "
          "SELECT sum(i) FROM n", [(6,)]),
         ("SELECT CASE WHEN id > 3 THEN 'x' ELSE iif(id = 1, 'y', 'z') END FROM star "

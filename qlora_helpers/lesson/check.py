@@ -138,4 +138,4 @@ def _text(value, digits) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     large = 10 ** (digits - 1) <= abs(value) < 1e15
-    return f"{value:,.0f}" if large else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if large else f"{value:,.{digits}g}"
