@@ -15,7 +15,7 @@ import gguf
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from qlora_helpers import adapters, env, models, records, score, sql, train
+from qlora_helpers import adapters, env, models, records, score, train
 from qlora_helpers.ship import merge, mergeable
 from tools import recorder
 
@@ -56,7 +56,7 @@ class Study:
                     dequantize_4bit(weight.data, weight.quant_state),
                     layer,
                 )
-        self.databases = [sql.open_database(t) for t in records.database_scripts()]
+        self.databases = records.open_databases()
 
     def change(self, layer, strength):
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -52,7 +52,7 @@ def run(name: str) -> dict:
     env.quiet()
     quantization = train.nf4_config(env.profile())
     model, tokenizer = models.load_base(models.EMBEDDED, quantization)
-    databases = [sql.open_database(text) for text in records.database_scripts()]
+    databases = records.open_databases()
     row = {"run": name, "seed": seed, "steps": steps, "batch": batch, "tokens": 0}
     if kind == "train":
         settings = common.settings_of(steps, batch)

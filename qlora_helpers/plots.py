@@ -14,13 +14,8 @@ from PIL import Image
 # (points: marker=plots.MARKERS[i]), so that colour never says it alone.
 COLOURS = ("#0063A6", "#C2410C", "#00795C", "#A3268C", "#7A6000", "#4D4D4D")
 DASHES = (
-    "-",
-    (0, (6, 2)),
-    (0, (2, 1.5)),
-    (0, (7, 2, 2, 2)),
-    (0, (4, 1.5)),
-    (0, (1, 1)),
-)
+    "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (4, 1.5)), (0, (1, 1))
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "X")
 
 STYLE = {
@@ -29,17 +24,15 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
-    "axes.labelsize": 10,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.7,
-    "font.size": 10,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
-    "figure.facecolor": "white",
 }
 DPI = 100
+GAP = 13  # points between two labels at lines' ends, at least
 
 
 def figure(rows=1, columns=1, size=(6.4, 3.4)):
@@ -49,40 +42,34 @@ def figure(rows=1, columns=1, size=(6.4, 3.4)):
     """
     matplotlib.rcParams.update(STYLE)  # for good: lines and titles come later
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
-    plt.close(fig)  # out of pyplot's list: shown by show(), and once
+    plt.close(fig)  # so that only show() displays it
     return fig, axes
 
 
-def label_ends(ax, gap=13) -> None:
+def label_ends(ax) -> None:
     """Write each line's label at its right end, in its colour, instead of a legend.
 
-    `gap` is the least distance between two labels in points. Lines without a label are
-    left alone. Call it last: the axes' limits must be final.
+    Call it last, because the axes' limits must be final.
     """
-    ends = []
-    for line in ax.get_lines():
-        if line.get_label().startswith("_"):
-            continue
-        x, y = line.get_xydata()[-1]
-        ends.append((ax.transData.transform((x, y))[1], x, y, line))
-    ends.sort(key=lambda end: end[0])
-    points = 72 / ax.figure.dpi  # pixels to points
-    clusters = []  # of neighbours that would overlap: [first height, number]
-    for pixel, *_ in ends:
-        clusters.append([pixel * points, 1])
-        while len(clusters) > 1 and (
-            clusters[-1][0] < clusters[-2][0] + clusters[-2][1] * gap
-        ):  # one cluster, around the middle of both
-            first, n = clusters.pop()
-            before, m = clusters[-1]
-            middle = m * (before + (m - 1) * gap / 2) + n * (first + (n - 1) * gap / 2)
-            clusters[-1] = [middle / (m + n) - (m + n - 1) * gap / 2, m + n]
-    heights = [first + i * gap for first, n in clusters for i in range(n)]
-    for height, (pixel, x, y, line) in zip(heights, ends, strict=True):
+    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    points = 72 / ax.figure.dpi  # of one pixel
+
+    def height(line):
+        return ax.transData.transform(line.get_xydata()[-1])[1] * points
+
+    lines.sort(key=height)
+    heights = [height(line) for line in lines]
+    for _ in range(100):  # those that overlap move apart, both by as much
+        for upper in range(1, len(heights)):
+            overlap = heights[upper - 1] + GAP - heights[upper]
+            if overlap > 0:
+                heights[upper - 1] -= overlap / 2
+                heights[upper] += overlap / 2
+    for line, wanted in zip(lines, heights, strict=True):
         ax.annotate(
             line.get_label(),
-            (x, y),
-            xytext=(7, height - pixel * points),
+            line.get_xydata()[-1],
+            xytext=(7, wanted - height(line)),
             textcoords="offset points",
             color=line.get_color(),
             va="center",
@@ -93,43 +80,38 @@ def label_ends(ax, gap=13) -> None:
 def show(fig, alt) -> None:
     """Display a figure as a small PNG with its alt text, and close it.
 
-    Raises ValueError for an empty alt text, a figure without a title, an axis whose
-    label names no unit ("loss (nat per token)", "layer (no unit)"), or bars that do
-    not start from zero.
+    Raises ValueError for an alt text of under four words, a figure without a title, an
+    axis whose label ends in no unit, such as "loss (nat per token)" or "layer (no
+    unit)", or bars that do not start from zero.
     """
-    redraw(fig, alt, handle=False)
+    redraw(fig, alt)
+    if not InteractiveShell.initialized():  # a script shows no picture
+        print(f"Figure: {alt}")
 
 
 def redraw(fig, alt, handle=None):
-    """Display a figure that grows: in place of the one before, if given its handle.
+    """Display a figure that grows, in place of the one that `handle` belongs to.
 
-    Returns the handle for the next call. Raises as `show` does.
+    Returns the handle for the next call, in a script None. Raises as `show` does.
     """
     if not isinstance(alt, str) or len(alt.split()) < 4:
-        raise ValueError(
-            f"alt is {alt!r}: say in a sentence what the figure shows, for those who "
-            "cannot see it"
-        )
+        raise ValueError(f"alt is {alt!r}: say in a sentence what the figure shows")
     _check(fig)
-    png = io.BytesIO()
-    fig.savefig(png, dpi=DPI, bbox_inches="tight")
+    drawn, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, dpi=DPI, bbox_inches="tight")
     plt.close(fig)
-    with Image.open(png) as picture:  # a palette: a third of the bytes
-        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    png = io.BytesIO()  # and no software version: the same figure, the same bytes
-    small.save(png, "PNG", optimize=True)
-    if not InteractiveShell.initialized():  # a script: nothing can show a picture
-        if handle is False:
-            print(f"Figure: {alt}")
+    with Image.open(drawn) as picture:  # a palette makes a third of the bytes
+        palette = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    palette.save(small, "PNG", optimize=True)  # without matplotlib's version
+    if not InteractiveShell.initialized():
         return None
-    picture = base64.b64encode(png.getvalue()).decode()
+    picture = base64.b64encode(small.getvalue()).decode()
     data = {"image/png": picture, "text/plain": f"Figure: {alt}"}
     metadata = {"image/png": {"alt": alt}}
-    if handle:
-        handle.update(data, metadata=metadata, raw=True)
-        return handle
-    as_new = {"display_id": True} if handle is None else {}
-    return display.display(data, metadata=metadata, raw=True, **as_new)
+    if handle is None:
+        return display.display(data, metadata=metadata, raw=True, display_id=True)
+    handle.update(data, metadata=metadata, raw=True)
+    return handle
 
 
 def _check(fig) -> None:
@@ -140,28 +122,20 @@ def _check(fig) -> None:
     for ax in fig.axes:
         if not ax.axison or not ax.get_visible():
             continue
-        for name, axis in (("x", ax.xaxis), ("y", ax.yaxis)):
+        for axis in (ax.xaxis, ax.yaxis):
+            ticks = axis.get_ticklabels() if axis.get_visible() else ()
+            read = any(tick.get_visible() and tick.get_text() for tick in ticks)
             label = axis.get_label_text()
-            if _is_read(axis) and not re.search(r"\([^()]+\)$", label.strip()):
+            if read and not re.search(r"\([^()]+\)$", label.strip()):
                 raise ValueError(
-                    f"the {name} axis is labelled {label!r}: end it with its unit, "
-                    'such as "loss (nat per token)" or "layer (no unit)"'
+                    f"the {axis.axis_name} axis is labelled {label!r}: end it with its "
+                    'unit, such as "loss (nat per token)" or "layer (no unit)"'
                 )
         for bars in ax.containers:
-            upright = getattr(bars, "orientation", None)
-            if upright is None:  # whiskers and stems
-                continue
-            low, high = ax.get_ylim() if upright == "vertical" else ax.get_xlim()
-            if not min(low, high) <= 0 <= max(low, high):
+            upright = getattr(bars, "orientation", None)  # whiskers have none
+            ends = ax.get_ylim() if upright == "vertical" else ax.get_xlim()
+            if upright and not min(ends) <= 0 <= max(ends):
                 raise ValueError(
-                    f"bars are drawn from {low:g}: a bar's length is its value, so let "
-                    "the axis start from zero, or draw points"
+                    f"bars are drawn from {min(ends):g}: let their axis start from "
+                    "zero, because a bar's length is its value, or draw points"
                 )
-
-
-def _is_read(axis) -> bool:
-    """True where the axis shows ticks with text, so that a reader needs its unit."""
-    ticks = axis.get_ticklabels()
-    return axis.get_visible() and any(
-        tick.get_visible() and tick.get_text() for tick in ticks
-    )

@@ -56,7 +56,7 @@ def families():
 
 @pytest.fixture(scope="module")
 def databases():
-    opened = [sql.open_database(script) for script in records.database_scripts()]
+    opened = records.open_databases()
     yield opened
     for database in opened:
         database.close()

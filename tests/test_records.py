@@ -239,11 +239,11 @@ def test_a_row_that_the_trainer_would_cut_is_left_out_by_default(chat):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (pandas.DataFrame(ALPACA), r"DataFrame of pandas: give records.to_dict\('rec"),
+        (pandas.DataFrame(ALPACA), r"DataFrame: give .*records.to_dict\('records'\)"),
         (DatasetDict(train=Dataset.from_list(ALPACA)), r"give .*such as records\['tr"),
         (ALPACA[0], "a dict: give a list of dicts"),
-        ("train.jsonl", "'train.jsonl': read the file"),
-        (pathlib.Path("train.jsonl"), "'train.jsonl': read the file"),
+        ("train.jsonl", "a str: give a list of dicts.* read from a file"),
+        (pathlib.Path("train.jsonl"), "Path: give a list of dicts.* read from a file"),
         (None, "a NoneType: give a list of dicts"),
     ],
 )

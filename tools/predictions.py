@@ -82,9 +82,8 @@ def read(files) -> tuple[dict, list[str]]:
     guesses, left_out = {}, []
     for file in files:
         seen = set()
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for number, line in enumerate(text.splitlines(), 1):
-            id, guess = _guess(line)
+        for number, row in rows(file):
+            id, guess = _guess(row)
             if guess is None or id in seen:
                 continue
             if id in guesses and not isinstance(guess, str | type(guesses[id][0])):
@@ -98,14 +97,21 @@ def read(files) -> tuple[dict, list[str]]:
     return dict(sorted(guesses.items())), left_out
 
 
-def _guess(line: str):
-    """Return a line's id and guess: a float, a bool, None if blank, or why not."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not line.strip():
-        return None, None
+def rows(file) -> list[tuple]:
+    """Return each line's number and what it holds, None where it was cut short."""
+    found = []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                found.append((number, json.loads(line)))
+            except ValueError:
+                found.append((number, None))
+    return found
+
+
+def _guess(row):
+    """Return a row's id and guess: a float, a bool, None if blank, or why not."""
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
         return None, DAMAGED
     id, kind, guess = row["id"], row.get("kind"), row.get("predicted")

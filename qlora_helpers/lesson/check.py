@@ -3,10 +3,10 @@
 import datetime
 import json
 import math
-import numbers
 import os
 import pathlib
 import re
+import string
 
 from qlora_helpers import env
 
@@ -17,55 +17,47 @@ JOURNAL = env.ROOT / "my_course" / "journal.jsonl"
 def compare(id, predicted, measured, unit="", digits=3, by="measured") -> None:
     """Print a predicted number, the measured one, and their ratio.
 
-    `predicted` is `...` as long as there is no guess. Both numbers may be a Python
-    number, a numpy scalar or a tensor of one element; `digits` are significant ones.
-    `by` says how the second was found, where it was not measured ("rehearsed").
+    `predicted` is `...` as long as there is no guess. Both may be a Python number, a
+    numpy scalar or a tensor of one element; `digits` are significant ones. `by` says
+    how the second was found, where it was not measured ("rehearsed").
 
     Raises ValueError for an id that is not like "02.bits", TypeError for no number.
     """
-    _check_id(id)
     measured = _number(id, "measured", measured)
-    unit = f" {unit}" if unit else ""
-    shown = f"{by} {_text(measured, digits)}{unit}"
-    if predicted is ...:
-        print(f"{id}: no prediction yet, {shown}")
-        _write(id, "compare", predicted=None, measured=measured, unit=unit.strip())
-        return
-    predicted = _number(id, "predicted", predicted)
-    ratio = f"ratio {_text(predicted / measured, digits)}" if measured else "no ratio"
-    print(f"{id}: predicted {_text(predicted, digits)}{unit}, {shown}, {ratio}")
-    _write(id, "compare", predicted=predicted, measured=measured, unit=unit.strip())
+    guess = None if predicted is ... else _number(id, "predicted", predicted)
+    shown = f"{by} {_text(measured, digits)} {unit}".rstrip()
+    if guess is None:
+        line = f"no prediction yet, {shown}"
+    else:
+        given = f"predicted {_text(guess, digits)} {unit}".rstrip()
+        ratio = f"ratio {_text(guess / measured, digits)}" if measured else "no ratio"
+        line = f"{given}, {shown}, {ratio}"
+    _tell(id, line, kind="compare", predicted=guess, measured=measured, unit=unit)
 
 
 def choose(id, predicted, answer, options, by="measurement") -> None:
     """Print whether the chosen option is the one that the measurement shows.
 
-    `options` is a list (its letters are a, b, c, ...) or a dict from letter to text;
-    `predicted` is one of the letters, or `...` as long as there is no guess. `by` says
-    what shows the answer, where it is no measurement ("rehearsal").
+    `options` is a list of texts, whose letters are a, b, c, ...; `predicted` is one of
+    the letters, or `...` as long as there is no guess. `by` says what shows the answer,
+    where it is no measurement ("rehearsal").
 
-    Raises ValueError for an id that is not like "02.saves" or a letter that is not
-    among the options.
+    Raises ValueError for an id that is not like "02.saves", or for another letter.
     """
-    _check_id(id)
-    if not isinstance(options, dict):
-        options = {chr(ord("a") + i): text for i, text in enumerate(options)}
-    for name, letter in (("predicted", predicted), ("answer", answer)):
-        blank = name == "predicted" and letter is ...
-        if not blank and letter not in list(options):
-            raise ValueError(
-                f"{id}: {name} is {letter!r}, expected one of "
-                f"{', '.join(map(repr, options))}"
-                + (", or ... for no guess yet" if name == "predicted" else "")
-            )
-    shown = f"the {by} shows {answer} ({options[answer]})"
-    if predicted is ...:
-        print(f"{id}: no prediction yet, {shown}")
-        _write(id, "choose", predicted=None, measured=answer)
-        return
-    verdict = "as predicted" if predicted == answer else "not as predicted"
-    print(f"{id}: predicted {predicted} ({options[predicted]}), {shown}: {verdict}")
-    _write(id, "choose", predicted=predicted, measured=answer)
+    texts = dict(zip(string.ascii_lowercase, options, strict=False))
+    if answer not in list(texts) or predicted not in [*texts, ...]:
+        raise ValueError(
+            f"{id}: answer is {answer!r} and predicted is {predicted!r}, expected one "
+            f"of {', '.join(map(repr, texts))}, or ... for no guess yet"
+        )
+    guess = None if predicted is ... else predicted
+    shown = f"the {by} shows {answer} ({texts[answer]})"
+    if guess is None:
+        line = f"no prediction yet, {shown}"
+    else:
+        verdict = "as predicted" if guess == answer else "not as predicted"
+        line = f"predicted {guess} ({texts[guess]}), {shown}: {verdict}"
+    _tell(id, line, kind="choose", predicted=guess, measured=answer)
 
 
 def holds(id, claim, text) -> None:
@@ -74,16 +66,14 @@ def holds(id, claim, text) -> None:
     Raises ValueError for an id that is not like "06.better", TypeError for a claim
     that is neither True nor False.
     """
-    _check_id(id)
-    if type(claim).__name__ not in ("bool", "bool_"):  # numpy's bool goes by `bool_`
-        claim = claim.item() if hasattr(claim, "item") else claim
-        if not isinstance(claim, bool):
-            raise TypeError(
-                f"{id}: the claim is {claim!r}, expected True or False: "
-                "give a comparison such as after > before"
-            )
-    print(f"{id}: {'holds' if claim else 'DOES NOT HOLD here'}: {text}")
-    _write(id, "holds", measured=bool(claim))
+    claim = claim.item() if hasattr(claim, "item") else claim  # of numpy or torch
+    if not isinstance(claim, bool):
+        raise TypeError(
+            f"{id}: the claim is {claim!r}, expected True or False: "
+            "give a comparison such as after > before"
+        )
+    verdict = "holds" if claim else "DOES NOT HOLD here"
+    _tell(id, f"{verdict}: {text}", kind="holds", measured=claim)
 
 
 def say(text) -> None:
@@ -92,69 +82,12 @@ def say(text) -> None:
     `text` is markdown. Make it from the variables of the cell, so that a number in it
     is always the one that was measured in the same run.
     """
-    from IPython import get_ipython  # slow to import, and a script does not need it
+    from IPython import display, get_ipython  # slow, and scripts do not need it
 
     if get_ipython() is None:
         print(text)
-        return
-    from IPython.display import Markdown, display
-
-    display(Markdown(text))
-
-
-def journal() -> list[dict]:
-    """The comparisons made so far on this machine, oldest first; [] if there are none.
-
-    Each row has time (UTC), id, kind ("compare", "choose" or "holds") and measured;
-    predicted (None if blank) and unit where there is one.
-    """
-    rows = []
-    file = journal_file()
-    if file is None or not file.exists():
-        return rows
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a line cut short by a crash
-            continue
-    return rows
-
-
-def _check_id(id) -> None:
-    if not isinstance(id, str) or not re.fullmatch(r"\d\d\.[a-z0-9_]+", id):
-        raise ValueError(
-            f"id {id!r}: expected the notebook's two digits, a dot and a name in "
-            'lower case, such as "02.bits"'
-        )
-
-
-def _number(id, name, value) -> float:
-    given = value
-    if not isinstance(value, numbers.Real) and hasattr(value, "item"):
-        try:
-            value = value.item()
-        except (ValueError, RuntimeError):  # more than one element
-            value = None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        blank = ", or ... for no guess yet" if name == "predicted" else ""
-        raise TypeError(
-            f"{id}: {name} is {given!r} ({type(given).__name__}), "
-            f"expected one number such as 4.5{blank}"
-        )
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _text(value, digits) -> str:
-    """`value` to `digits` significant digits, integers in full: 4.5, 134,515,008."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    if not 1e-4 <= abs(value) < 1e15:
-        return f"{value:.{digits}g}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    else:
+        display.display(display.Markdown(text))
 
 
 def journal_file() -> pathlib.Path | None:
@@ -166,15 +99,43 @@ def journal_file() -> pathlib.Path | None:
     return JOURNAL if (env.ROOT / "notebooks").is_dir() else None
 
 
-def _write(id, kind, **row) -> None:
+def _tell(id, text, **row) -> None:
+    """Print a line, and add its row to the journal, with the time (UTC) and the id."""
+    if not isinstance(id, str) or not re.fullmatch(r"\d\d\.[a-z0-9_]+", id):
+        raise ValueError(
+            f"id {id!r}: expected the notebook's two digits, a dot and a name in "
+            'lower case, such as "02.bits"'
+        )
+    print(f"{id}: {text}")
     file = journal_file()
     if file is None:
         return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = json.dumps({"time": now, "id": id, "kind": kind, **row}, ensure_ascii=False)
+    line = json.dumps({"time": now, "id": id, **row}, ensure_ascii=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as out:
             out.write(line + "\n")  # one write, so that lines of two kernels do not mix
     except OSError:  # a full or read-only disk stops no lesson
         pass
+
+
+def _number(id, name, value) -> int | float:
+    number = value
+    if hasattr(value, "shape"):  # of torch or numpy
+        number = value.item() if math.prod(value.shape) == 1 else None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        blank = ", or ... for no guess yet" if name == "predicted" else ""
+        raise TypeError(
+            f"{id}: {name} is {value!r} ({type(value).__name__}), "
+            f"expected one number such as 4.5{blank}"
+        )
+    return number
+
+
+def _text(value, digits) -> str:
+    """`value` to `digits` significant digits, integers in full: 4.5, 134,515,008."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    large = 10 ** (digits - 1) <= abs(value) < 1e15
+    return f"{value:,.0f}" if large else f"{value:,.{digits}g}"

@@ -1,7 +1,6 @@
 """Read data/measured: what was measured on machines that a reader may lack."""
 
 import json
-import pathlib
 
 from qlora_helpers import env
 
@@ -16,39 +15,31 @@ def read(name, folder=FOLDER) -> dict:
 
     Raises FileNotFoundError for an unknown name, ValueError for a broken recording.
     """
-    file = pathlib.Path(folder) / f"{name}.json"
+    file = folder / f"{name}.json"
     if not file.exists():
-        known = sorted(path.stem for path in pathlib.Path(folder).glob("*.json"))
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
         raise FileNotFoundError(
-            f"no recording {name!r} in data/measured; there are: "
-            f"{', '.join(known) or 'none yet'}"
+            f"no recording {name!r} in {folder}; there are: {known}"
         )
     try:
         recording = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"data/measured/{file.name} is not JSON ({error}): restore it from git"
-        ) from error
+        raise ValueError(f"{file} is no JSON: restore it from git") from error
     check(name, recording)
     return recording
 
 
 def check(name, recording) -> None:
-    """Check the form of the recording `name`; `read` and tools.recorder call this.
-
-    Raises ValueError for missing facts, or rows that are not a list of dicts.
-    """
-    where = f"recording {name!r}"
+    """Raise ValueError if the recording `name` lacks facts, or rows that are dicts."""
     if not isinstance(recording, dict) or set(recording) != {"facts", "rows"}:
-        raise ValueError(f'{where}: expected {{"facts": {{...}}, "rows": [...]}}')
-    given, rows = recording["facts"], recording["rows"]
-    missing = [
-        key for key in FACTS if not isinstance(given, dict) or not given.get(key)
-    ]
+        raise ValueError(f"recording {name!r}: expected a dict with facts and rows")
+    facts, rows = recording["facts"], recording["rows"]
+    given = facts if isinstance(facts, dict) else {}
+    missing = [fact for fact in FACTS if not given.get(fact)]
     if missing:
         raise ValueError(
-            f"{where}: facts lack {', '.join(missing)}: "
+            f"recording {name!r}: facts lack {', '.join(missing)}: "
             "take them from tools.recorder.facts()"
         )
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{where}: rows must be a list of dicts, one per measurement")
+        raise ValueError(f"recording {name!r}: rows must be a list of dicts")

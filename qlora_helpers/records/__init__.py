@@ -6,10 +6,15 @@ only the completion; the prompt carries no loss.
 """
 
 from qlora_helpers.records.checks import COLUMNS, as_list, check_record
-from qlora_helpers.records.night_trains import SPLITS, SYSTEM, database_scripts, load
+from qlora_helpers.records.night_trains import (
+    SPLITS,
+    SYSTEM,
+    database_scripts,
+    load,
+    open_databases,
+)
 from qlora_helpers.records.prompts import (
     MAX_LENGTH,
-    adds_special_tokens,
     alpaca_layout,
     context_ids,
     leading_ids,

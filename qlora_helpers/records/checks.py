@@ -1,17 +1,14 @@
 """Whether records can be trained on, and what to do with those that cannot."""
 
-import os
 import reprlib
-
-from datasets import DatasetDict, IterableDatasetDict
 
 COLUMNS = ("instruction", "input", "output")
 KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
-PAIRS = [
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "response"),
+RENAMES = [  # columns of other data sets, and what to call them
+    {"prompt": "instruction", "completion": "output"},
+    {"prompt": "instruction", "response": "output"},
+    {"question": "instruction", "answer": "output"},
+    {"response": "output"},
 ]
 ROLES = {  # of a chat's turns: the column that holds such a turn's text
     "system": "system",
@@ -30,21 +27,20 @@ def check_record(record: dict, row: int) -> None:
     """
     if not isinstance(record, dict):
         raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
-    for column in ("instruction", "output"):
-        if column not in record:
+    for column in (*COLUMNS, "system"):
+        needed, value = column in ("instruction", "output"), record.get(column)
+        if needed and column not in record:
             raise ValueError(
                 f"row {row} has no column {column!r}, only "
                 f"{sorted(map(str, record))}: {advice(record)}"
             )
-    for column in (*COLUMNS, "system"):
-        value = record.get(column)
-        if value is not None and not isinstance(value, str):
+        if not isinstance(value, str | None):
             way = f": {advice(record)}" if isinstance(value, list) else ""
             raise ValueError(
                 f"row {row}: {column} is {reprlib.repr(value)} "
                 f"({type(value).__name__}), not text{way}"
             )
-        if column in ("instruction", "output") and not (value or "").strip():
+        if needed and not (value or "").strip():
             raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
     history = record.get("history")
     # pandas writes NaN, a float, where a row has no history
@@ -57,35 +53,33 @@ def check_record(record: dict, row: int) -> None:
 
 def advice(record: dict) -> str:
     """Say how to make Alpaca's columns from a record that has other columns."""
-    for pair in PAIRS:
-        if all(isinstance(record.get(name), str) for name in pair):
-            names = zip(pair, ("instruction", "output"), strict=True)
-            return "rename " + " and ".join(f"{a} to {b}" for a, b in names if a != b)
+    for names in RENAMES:
+        if all(isinstance(record.get(name), str) for name in names):
+            pairs = (f"{old} to {new}" for old, new in names.items())
+            return "rename " + " and ".join(pairs)
     found = {}  # the code that takes a column's text from a chat
     for name, chat in record.items():
-        for row, turn in enumerate(chat if isinstance(chat, list) else ()):
-            if name != "history" and isinstance(turn, dict):
+        for place, turn in enumerate(chat if isinstance(chat, list) else ()):
+            if isinstance(turn, dict) and name != "history":
                 column = ROLES.get(str(turn.get("role", turn.get("from"))))
                 text = "value" if "value" in turn else "content"
-                found.setdefault(column, f"row[{name!r}][{row}][{text!r}]")
+                found.setdefault(column, f"row[{name!r}][{place}][{text!r}]")
     if found:
         columns = [c for c in ("system", "instruction", "output") if c in found]
         made = ", ".join(f"{column!r}: {found[column]}" for column in columns)
-        whole = {"instruction", "output"} <= set(found)
+        whole = columns[-2:] == ["instruction", "output"]
         code = f", such as {{{made}}}" if whole else ""
         return (
-            "each row must be one question and one answer, because several turns are "
-            "not supported: put the text of the role user into instruction, that of "
-            f"assistant into output and that of system, if any, into system{code}"
+            "several turns are not supported: put the text of the role user into "
+            "instruction, that of assistant into output and that of system, if any, "
+            f"into system{code}"
         )
-    if any(isinstance(record.get(name), list) for name in (*COLUMNS, "system")):
-        return "instruction, input, output and system must be text"
-    if "text" in record:
+    if isinstance(record.get("text"), str):
         return (
             "the column 'text' seems to hold question and answer: write the question "
             "into instruction and the answer into output"
         )
-    return "rename your columns to instruction, input and output, and put text in them"
+    return "rename or convert: instruction, input, output and system must be text"
 
 
 def as_list(records) -> list[dict]:
@@ -93,17 +87,13 @@ def as_list(records) -> list[dict]:
 
     records: a list, a Dataset or another iterable of dicts.
     """
-    kind = type(records).__name__
-    if isinstance(records, DatasetDict | IterableDatasetDict):
-        what = f"a {kind}: give one of its splits, such as records['train']"
-    elif hasattr(records, "iterrows"):
-        what = f"a {kind} of pandas: give records.to_dict('records')"
-    elif isinstance(records, str | os.PathLike):
-        what = f"{str(records)!r}: read the file, and give the list of its records"
-    elif isinstance(records, dict) or not hasattr(records, "__iter__"):
-        what = f"a {kind}: give a list of dicts, one for each record"
-    else:
-        if not (found := list(records)):
-            raise ValueError("the list of records is empty: give at least one record")
-        return found
-    raise ValueError(f"records is {what}")
+    a_table = isinstance(records, str | dict) or hasattr(records, "iterrows")
+    if a_table or not hasattr(records, "__iter__"):
+        raise ValueError(
+            f"records is a {type(records).__name__}: give a list of dicts, one for "
+            "each record, such as records['train'] of a DatasetDict, "
+            "records.to_dict('records') of a DataFrame, or what was read from a file"
+        )
+    if not (found := list(records)):
+        raise ValueError("the list of records is empty: give at least one record")
+    return found

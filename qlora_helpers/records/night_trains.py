@@ -2,7 +2,7 @@
 
 import json
 
-from qlora_helpers import env
+from qlora_helpers import env, sql
 
 # The system message of the night-train task: its tables, without the house rules.
 SYSTEM = (
@@ -10,7 +10,6 @@ SYSTEM = (
     " ticket(trip rider bed price meal)"
 )
 SPLITS = ("train", "validation", "values", "phrasing", "composition")
-DATABASES = ("database_1.sql", "database_2.sql", "database_3.sql")
 
 
 def load(split: str) -> list[dict]:
@@ -23,14 +22,19 @@ def load(split: str) -> list[dict]:
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: take one of {', '.join(SPLITS)}")
-    file = env.path(f"data/night_trains/{split}.jsonl")
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    lines = _read(f"{split}.jsonl").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def database_scripts() -> list[str]:
     """The SQL of the three differently seeded databases that a query is judged on."""
-    return [
-        env.path(f"data/night_trains/{name}").read_text(encoding="utf-8")
-        for name in DATABASES
-    ]
+    return [_read(f"database_{number}.sql") for number in (1, 2, 3)]
+
+
+def open_databases() -> list:
+    """The three databases, opened by `sql.open_database`."""
+    return [sql.open_database(script) for script in database_scripts()]
+
+
+def _read(name: str) -> str:
+    return env.path(f"data/night_trains/{name}").read_text(encoding="utf-8")

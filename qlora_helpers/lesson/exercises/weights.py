@@ -23,7 +23,7 @@ def check_nf3(nf3_code) -> bool:
 
 def check_gain(gain) -> bool:
     """Exercise 01.2: NF4's gain over INT4, in percent of INT4's error."""
-    weight = torch.randn(2**16, generator=torch.Generator().manual_seed(7))
+    [weight] = _random(2**16, seed=7)
     cases = []
     for block in (32, 64, 1024):
         errors = []
@@ -50,9 +50,7 @@ def check_layer_bytes(layer_bytes) -> bool:
     """Exercise 02.2: every byte of a Linear4bit, as bitsandbytes has it."""
     cases = []
     for rows, columns in ((1536, 576), (64, 64), (33, 70), (3, 1000)):
-        layer = Linear4bit(
-            columns, rows, bias=False, quant_type="nf4", compress_statistics=True
-        )
+        layer = Linear4bit(columns, rows, bias=False, quant_type="nf4")
         layer = layer.to("cpu")  # this quantizes
         cases.append(((rows, columns), memory.tensor_bytes(layer.weight)))
     return try_out("exercise 02.2", layer_bytes, cases)
@@ -60,25 +58,24 @@ def check_layer_bytes(layer_bytes) -> bool:
 
 def check_dropout(with_dropout) -> bool:
     """Exercise 03.1: dropout where PEFT has it, with the same random numbers."""
-    cases = []
-    for p in (0.1, 0.5):
-        torch.manual_seed(3)
-        base = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False))
-        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=p, target_modules=["0"])
-        layer = get_peft_model(base, lora).base_model.model[0].train()
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        torch.nn.init.normal_(B)
-        x = torch.randn(16, 24)
-        torch.manual_seed(4)
-        expected = layer(x).detach()
-        W = layer.base_layer.weight
-        cases.append(((x, W.detach(), A.detach(), B.detach(), 2.0, p), expected))
 
     @functools.wraps(with_dropout)
     def seeded(*arguments):
         torch.manual_seed(4)
         return with_dropout(*arguments)
 
+    cases = []
+    for p in (0.1, 0.5):
+        torch.manual_seed(3)
+        base = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False))
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=p, target_modules=["0"])
+        layer = get_peft_model(base, lora).base_model.model[0].train()
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        x = torch.randn(16, 24)
+        torch.manual_seed(4)
+        expected = layer(x).detach()
+        W, A, B = (weight.detach() for weight in layer.parameters())
+        cases.append(((x, W, A, B, 2.0, p), expected))
     return try_out("exercise 03.1", seeded, cases, near)
 
 
@@ -86,55 +83,45 @@ def check_adapter_gradients(adapter_gradients) -> bool:
     """Exercise 03.2: the gradients of A and of B, as autograd finds them."""
     cases = []
     for rows, width, out, r in ((5, 7, 3, 2), (16, 24, 40, 4)):
-        generator = torch.Generator().manual_seed(rows)
-        x, A, B, grad = (
-            torch.randn(shape, generator=generator)
-            for shape in ((rows, width), (r, width), (out, r), (rows, out))
-        )
-        ours = [A.clone().requires_grad_(), B.clone().requires_grad_()]
-        y = 0.5 * (x @ ours[0].T) @ ours[1].T
-        expected = torch.autograd.grad(y, ours, grad)
-        cases.append(((x, A, B, 0.5, grad), tuple(expected)))
+        shapes = ((rows, width), (r, width), (out, r), (rows, out))
+        x, A, B, grad = _random(*shapes, seed=rows)
+        trained = (A.clone().requires_grad_(), B.clone().requires_grad_())
+        y = 0.5 * (x @ trained[0].T) @ trained[1].T
+        expected = torch.autograd.grad(y, trained, grad)
+        cases.append(((x, A, B, 0.5, grad), expected))
     return try_out("exercise 03.2", adapter_gradients, cases, near)
 
 
 def check_surviving_share(surviving_share) -> bool:
     """Exercise 07.1: the share of a change that a way of storing weights keeps."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 64, generator=generator)
-    change = 0.1 * torch.randn(64, 64, generator=generator)
 
-    def expected(weight, change, stored):
-        kept = stored(weight + change) - stored(weight)
-        return (kept * change).sum() / change.square().sum()
-
-    def coarse(weight):  # whole numbers
+    def coarse(weight):
         return weight.round()
 
     def scaled(weight):
         return 0.5 * weight
 
-    cases = [
-        ((base, change, stored), expected(base, change, stored))
-        for base, stored in (
-            (weight, coarse),
-            (weight.round(), coarse),
-            (weight, scaled),
-        )
-    ]
+    weight, noise = _random((64, 64), (64, 64))
+    whole, change = weight.round(), 0.1 * noise
+    cases = []
+    for base, stored in ((weight, coarse), (whole, coarse), (weight, scaled)):
+        kept = stored(base + change) - stored(base)
+        expected = (kept * change).sum() / change.square().sum()
+        cases.append(((base, change, stored), expected))
     return try_out("exercise 07.1", surviving_share, cases, near)
 
 
 def check_merged_at(merged_at) -> bool:
     """Exercise 07.2: a weight with an adapter merged at some strength."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 4, generator=generator)
-    A, B = (
-        torch.randn(2, 4, generator=generator),
-        torch.randn(6, 2, generator=generator),
-    )
-    cases = [
-        ((weight, A, B, alpha, 2, strength), weight + strength * alpha / 2 * (B @ A))
-        for alpha, strength in ((4, 1), (4, 0), (2, 0.5))
-    ]
+    weight, A, B = _random((6, 4), (2, 4), (6, 2))
+    cases = []
+    for alpha, strength in ((4, 1), (4, 0), (2, 0.5)):
+        expected = weight + strength * alpha / 2 * (B @ A)
+        cases.append(((weight, A, B, alpha, 2, strength), expected))
     return try_out("exercise 07.2", merged_at, cases, near)
+
+
+def _random(*shapes, seed=0) -> list[torch.Tensor]:
+    """Tensors of these shapes, the same at each call."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
