@@ -21,7 +21,7 @@ from tools import recorder
 
 BF16, NF4 = "bf16", "nf4"
 GGUF = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
-RANKS = (4, 16, 64, 256)
+RANKS = (4, 16, 64)
 STRENGTHS = (0.25, 0.5, 2, 4, 8)
 SHAPES, RATE = ("1B", "8B"), 2e-4  # random weights, and their learning rate
 FEW_STEPS = 30  # of an 8B, for time's sake
