@@ -191,7 +191,7 @@ def dequantized_bytes(shape, itemsize, double=True) -> int:
     return itemsize * size + (4 * -(-size // BLOCK) if double else 0)
 
 
-def turning_bytes(plan: Plan) -> dict[str, tuple[int, int]]:
+def extra_within_layer(plan: Plan) -> dict[str, tuple[int, int]]:
     """What a layer adds to what it keeps, at the three moments that can be its worst.
 
     {moment: (activations, dequantized weight)}

@@ -109,7 +109,7 @@ def _skeleton(plan, bnb_config, lora_config, dtype):
         return model.requires_grad_(True)
     model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or plan.extras.kbit_casts:
+        if "lora_" in name or plan.kbit_casts:
             parameter.data = parameter.data.float()
     return model
 
