@@ -20,11 +20,11 @@ STEP = 8  # new tokens between two looks at which answers have ended
 def _as_trained(model):
     """Autocast a bf16 model on a CPU, as the Trainer does; elsewhere change nothing.
 
-    Its adapters are fp32: left alone, every layer casts its input up and down again.
+    Without it, each layer would cast its input to the fp32 of its adapter and back.
     """
-    on_cpu = model.device.type == "cpu"
-    enabled = on_cpu and model.dtype == torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+    device = model.device.type
+    enabled = device == "cpu" and model.dtype == torch.bfloat16
+    return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
 
 @contextlib.contextmanager
@@ -103,8 +103,8 @@ def generate_answers(
     ended by itself and was not cut at `max_new_tokens`. Only the end tokens are taken
     from the model's generation_config.
 
-    Raises ValueError for one text instead of a list, for an empty prompt, for a size
-    below 1 and for a tokenizer without an end token.
+    Raises ValueError for one text in place of a list, an empty prompt, a size below 1,
+    and a tokenizer without an end token.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one text: give a list of texts")
