@@ -51,8 +51,8 @@ def state_bytes(model, optimizer) -> dict[str, int]:
 def hold_to(gib: float | None) -> None:
     """Let torch take at most `gib` GiB of the GPU, as of a smaller card; None: all.
 
-    It proves that a run fits, not how fast such a card is. Managed memory (paged
-    optimizer states) and CUDA's own are not counted. On a CPU nothing is held.
+    Managed memory (paged optimizer states) and CUDA's own are not counted. On a CPU
+    nothing is held.
     """
     device = env.profile().device
     if gib is not None:
@@ -91,7 +91,7 @@ def peak():
         yield found
         found["bytes"] = torch.cuda.max_memory_allocated(device)
     else:
-        with _most(lambda: process.memory_info().rss, seconds=0.1) as found:
+        with _largest(lambda: process.memory_info().rss, seconds=0.1) as found:
             yield found
 
 
@@ -108,11 +108,11 @@ def private_peak():
         return info.rss - getattr(info, "shared", 0)
 
     before = private()
-    return _most(lambda: private() - before, seconds=0.005)
+    return _largest(lambda: private() - before, seconds=0.005)
 
 
 @contextlib.contextmanager
-def _most(read, seconds):
+def _largest(read, seconds):
     """Yield a dict whose `bytes` is the largest of what `read()` gave until the end."""
     found, done = {"bytes": read()}, threading.Event()
 

@@ -89,7 +89,7 @@ class Plan(NamedTuple):
         """Bytes of a number that passes between layers: fp32 after the kbit casts."""
         return 4 if self.kbit_casts else self.compute
 
-    def up(self, size: int) -> int:
+    def round_up(self, size: int) -> int:
         """The bytes that torch's allocator takes for `size`."""
         return in_blocks(size) if self.on_gpu else size
 

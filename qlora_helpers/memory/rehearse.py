@@ -45,7 +45,7 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
     bar = tqdm(total=len(layers) + again, desc="rehearsal", unit="layer", leave=False)
     for layer in layers:
         layer.register_forward_hook(lambda *_: bar.update() and None)
-    ledger, fake = Ledger(plan.up), FakeTensorMode(allow_non_fake_inputs=True)
+    ledger, fake = Ledger(plan.round_up), FakeTensorMode(allow_non_fake_inputs=True)
     with bar, fake, ledger, _as_planned(plan):
         _fill(model, inner, bnb_config)
         weights = ledger.now
@@ -139,7 +139,9 @@ def _fake_4bit(shape, bnb_config):
         state.nested, state.offset = True, torch.empty(())
         state.absmax = torch.empty(blocks, dtype=torch.uint8)
         scales, code = torch.empty(-(-blocks // SCALE_BLOCK)), torch.empty(256)
-        state.state2 = QuantState(scales, None, code, SCALE_BLOCK, dtype=torch.float32)
+        state.state2 = QuantState(
+            scales, code=code, blocksize=SCALE_BLOCK, dtype=torch.float32
+        )
     weight = torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8)
     weight.quant_state = state
     return weight

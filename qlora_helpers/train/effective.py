@@ -90,8 +90,7 @@ def optimizer_name(optimizer) -> str:
     """The name that TrainingArguments uses for the optimizer's kind."""
     kind = type(optimizer)
     if kind is torch.optim.AdamW:
-        fused = optimizer.defaults.get("fused")
-        return "adamw_torch_fused" if fused else "adamw_torch"
+        return "adamw_torch_fused" if optimizer.defaults["fused"] else "adamw_torch"
     if kind is bitsandbytes.optim.AdamW:
         paged = "paged_" if optimizer.is_paged else ""
         return f"{paged}adamw_{optimizer.args.optim_bits}bit"
