@@ -144,8 +144,8 @@ def check_rows(trainer: SFTTrainer) -> bool:
         left_out = sum(len(ids) > (limit or math.inf) for ids in given["input_ids"])
     count["cut"] += left_out
     faults = {
-        "cut": f"are longer than max_length={limit}, and rows that are cut teach the "
-        "model to stop early: give to_prompt_completion and sft_config the same one",
+        "cut": f"are longer than max_length={limit}, and cut rows teach the model to "
+        "stop early: give to_prompt_completion and sft_config the same max_length",
         "endless": f"do not teach an end token ({ends}): set tokenizer.eos_token to "
         "the token at which an answer ends",
         "too long": f"are longer than the {positions} tokens that the model was made "
