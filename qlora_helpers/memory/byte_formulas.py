@@ -19,24 +19,24 @@ PAGED_SMALLEST = 100_000  # numbers of a state that bitsandbytes pages
 
 def weight_bytes(plan: Plan) -> dict[str, int]:
     """Bytes of the base model, by kind; exact."""
-    up, config, found = plan.up, plan.config, Counter()
+    round_up, config, found = plan.round_up, plan.config, Counter()
     for out, inside in projections(config).values():
         size = out * inside
         blocks = -(-size // BLOCK)
         if not plan.four_bit:
-            found["linear"] += up(size * plan.between)
+            found["linear"] += round_up(size * plan.between)
             continue
-        found["packed"] += up(-(-size // 2))
-        found["scales"] += up(blocks if plan.double else 4 * blocks)
-        found["tables"] += up(16 * 4)
+        found["packed"] += round_up(-(-size // 2))
+        found["scales"] += round_up(blocks if plan.double else 4 * blocks)
+        found["tables"] += round_up(16 * 4)
         if plan.double:
-            found["scales"] += up(4 * -(-blocks // SCALE_BLOCK))
-            found["tables"] += up(256 * 4) + up(4)  # and the offset
+            found["scales"] += round_up(4 * -(-blocks // SCALE_BLOCK))
+            found["tables"] += round_up(256 * 4) + round_up(4)  # and the offset
     layers, h = config.num_hidden_layers, config.hidden_size
-    end = up(plan.between * config.vocab_size * h)
+    end = round_up(plan.between * config.vocab_size * h)
     return {kind: layers * size for kind, size in found.items()} | {
         "embedding, output": _ends(config) * end,
-        "norms": (2 * layers + 1) * up(plan.between * h),
+        "norms": (2 * layers + 1) * round_up(plan.between * h),
     }
 
 
@@ -59,27 +59,28 @@ def trained_tensors(plan: Plan) -> list[int]:
 
 def gradient_bytes(plan: Plan) -> int:
     """Bytes of all gradients; each has its tensor's shape and dtype."""
-    return sum(plan.up(count * plan.trained) for count in trained_tensors(plan))
+    return sum(plan.round_up(count * plan.trained) for count in trained_tensors(plan))
 
 
 def optimizer_bytes(plan: Plan) -> tuple[int, int]:
     """Bytes of Adam's states: (counted by torch, in managed memory)."""
-    up, size, tensors = plan.up, OPTIMIZERS[plan.optim], trained_tensors(plan)
+    round_up, tensors = plan.round_up, trained_tensors(plan)
+    size = OPTIMIZERS[plan.optim]  # bytes of a number of a state; 0: as its tensor
     # An embedding that trains keeps 32-bit states: transformers/trainer.py,
     # create_optimizer. Behind it come an untied head and the last norm.
     embedding = None if plan.targets else len(tensors) - 1 - _ends(plan.config)
     held = paged = 0
     for i, count in enumerate(tensors):
         if not size:
-            held += 2 * up(count * plan.trained) + up(4)  # and its step
+            held += 2 * round_up(count * plan.trained) + round_up(4)  # and its step
             continue
         eight_bit = size == 1 and count >= EIGHT_BIT_SMALLEST and i != embedding
-        states = 2 * up(count * (1 if eight_bit else 4))
+        states = 2 * round_up(count * (1 if eight_bit else 4))
         if plan.on_gpu and "paged" in plan.optim and count >= PAGED_SMALLEST:
             paged += states
         else:
             held += states
-        held += 2 * up(4 * -(-count // 256)) if eight_bit else 0
+        held += 2 * round_up(4 * -(-count // 256)) if eight_bit else 0
     if size == 1 and max(tensors) >= EIGHT_BIT_SMALLEST:
         held += 2 * 256 * 4  # the codes of the two states, shared by all
     return held, paged
@@ -191,7 +192,7 @@ def dequantized_bytes(shape, itemsize, double=True) -> int:
     return itemsize * size + (4 * -(-size // BLOCK) if double else 0)
 
 
-def turning_bytes(plan: Plan) -> dict[str, tuple[int, int]]:
+def extra_within_layer(plan: Plan) -> dict[str, tuple[int, int]]:
     """What a layer adds to what it keeps, at the three moments that can be its worst.
 
     {moment: (activations, dequantized weight)}
@@ -201,16 +202,20 @@ def turning_bytes(plan: Plan) -> dict[str, tuple[int, int]]:
     wide, incoming = f * plan.tokens, e * h * plan.tokens
     scratch = dequantized_bytes((h, f), c, plan.double) if plan.four_bit else 0
     adapted = "down_proj" in plan.targets
-    product = c * wide if adapted else 0  # is let go of
-    matrix = 0 if plan.targets else c * h * f  # its gradient
-    again = 3 * incoming + (0 if product or not plan.targets else e * wide)
+    forward = 3 * incoming
+    if plan.targets and not adapted:
+        forward += e * wide
     if e != c:
-        again += e * wide
+        forward += e * wide
     if _casts_inputs(plan) and adapted:
-        again += (4 + e) * wide + 2 * incoming
-    back = incoming - product + matrix
+        forward += (4 + e) * wide + 2 * incoming
+    backward = incoming
+    if adapted:
+        backward -= c * wide  # the product of gate and up is freed by then
+    if not plan.targets:
+        backward += c * h * f  # the matrix's gradient
     return {
-        "forward, down_proj": (again, scratch),
-        "backward, down_proj": (back + e * wide * (2 if adapted else 1), scratch),
-        "backward, SwiGLU": (back + 3 * e * wide, 0),
+        "forward, down_proj": (forward, scratch),
+        "backward, down_proj": (backward + e * wide * (2 if adapted else 1), scratch),
+        "backward, SwiGLU": (backward + 3 * e * wide, 0),
     }

@@ -6,9 +6,10 @@ from typing import NamedTuple
 from transformers import BitsAndBytesConfig
 
 from qlora_helpers import env, models
-from qlora_helpers.env import check_whole
+from qlora_helpers.env import GIB, check_whole
 from qlora_helpers.memory import planned_run
 from qlora_helpers.memory.byte_formulas import weight_bytes
+from qlora_helpers.memory.planned_run import Plan
 from qlora_helpers.memory.prediction import Prediction, predict_plan
 from qlora_helpers.models.shapes import PROJECTIONS
 
@@ -55,8 +56,7 @@ def will_it_fit(
     """
     check_whole("batch", batch)
     check_whole("length", length)
-    room = _room(gpu_gib, kind)
-    config = models.config_of(model)
+    room, config = _room(gpu_gib, kind), models.config_of(model)
     name = f"a Llama of width {config.hidden_size}" if config is model else model
     if length > config.max_position_embeddings:
         raise ValueError(
@@ -65,36 +65,34 @@ def will_it_fit(
         )
     plan = of_recipe(config, method, batch, length, kind)
     prediction, needed = predict_plan(plan), _needed(plan)
-    # 16-bit files and, while they are loaded, the process and its largest tensors
     files = weight_bytes(of_recipe(config, "lora", 1, 1, "bf16"))
     tensors = [out * inside for out, inside in models.projections(config).values()]
     largest = 2 * max(*tensors, config.vocab_size * config.hidden_size)
-    disk = sum(files.values()) / env.GIB
-    ram = HOST_GIB + COPIES * largest / env.GIB
+    disk, ram = sum(files.values()) / GIB, HOST_GIB + COPIES * largest / GIB
     sentence = (
         f"{name}, {planned_run.METHODS[method]}, {batch} x {length:,} tokens in "
         f"{kind}: {'fits' if needed <= room else 'does not fit'}. Torch's peak is "
-        f"{prediction.peak / env.GIB:.1f} GiB ({prediction.moment}), or about "
-        f"{needed / env.GIB:.1f} GiB with what its allocator wastes. CUDA takes about "
+        f"{prediction.peak / GIB:.1f} GiB ({prediction.moment}), or about "
+        f"{needed / GIB:.1f} GiB with what its allocator wastes. CUDA takes about "
         f"{CONTEXT_GIB} GiB more, and the card has {gpu_gib:g} GiB. Loading takes "
         f"{disk:.1f} GiB of disk and {ram:.1f} GiB of RAM."
     )
     if needed > room:
         changes = []
-        if rows := _most(plan, room, "rows", range(1, batch + 1)):
+        if rows := _most_rows(plan, room):
             changes.append(_at_most(rows))
-        elif shorter := longest_row(config, gpu_gib, method, kind):
-            changes.append(f"rows of at most {shorter:,} tokens, 1 at a time")
-        qlora = of_recipe(config, "qlora", batch, length, kind)
-        rows = _most(qlora, room, "rows", range(1, batch + 1))
-        if method != "qlora" and rows:
-            changes.append(f"QLoRA{f' and {_at_most(rows)}' if rows < batch else ''}")
-        sentence += (
-            f" It fits with {', or with '.join(changes)}."
-            if changes
-            else " Choose a smaller model or a larger card."
-        )
-    return Fit(needed <= room, sentence, prediction, needed / env.GIB, disk, ram)
+        elif tokens := _longest(plan, room):
+            changes.append(f"rows of at most {tokens:,} tokens, 1 at a time")
+        rows = _most_rows(of_recipe(config, "qlora", batch, length, kind), room)
+        if method != "qlora" and rows == batch:
+            changes.append("QLoRA")
+        elif method != "qlora" and rows:
+            changes.append(f"QLoRA and {_at_most(rows)}")
+        if changes:
+            sentence += f" It fits with {', or with '.join(changes)}."
+        else:
+            sentence += " Choose a smaller model or a larger card."
+    return Fit(needed <= room, sentence, prediction, needed / GIB, disk, ram)
 
 
 def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
@@ -104,14 +102,10 @@ def longest_row(model, gpu_gib, method="qlora", kind="bf16") -> int:
     will_it_fit does.
     """
     room, config = _room(gpu_gib, kind), models.config_of(model)
-    plan = of_recipe(config, method, 1, 64, kind)
-    lengths = range(64, config.max_position_embeddings + 1, 64)
-    return 64 * _most(plan, room, "length", lengths)
+    return _longest(of_recipe(config, method, 1, 64, kind), room)
 
 
-def of_recipe(
-    config, method: str, rows: int, length: int, kind: str
-) -> planned_run.Plan:
+def of_recipe(config, method: str, rows: int, length: int, kind: str) -> Plan:
     """What `read` makes of `train.configs`, without importing TRL.
 
     config: a LlamaConfig. method: one of METHODS. kind: "bf16" or "fp16".
@@ -125,7 +119,7 @@ def of_recipe(
     loaded = getattr(config, "quantization_config", None)
     if not isinstance(loaded, BitsAndBytesConfig | None):
         raise ValueError("model is already quantized: give what it was made from")
-    return planned_run.Plan(
+    return Plan(
         config=config,
         four_bit=method == "qlora",
         double=method == "qlora",
@@ -139,23 +133,12 @@ def of_recipe(
     )
 
 
-def _most(plan, room, what, sizes) -> int:
-    """How many of the ascending sizes of a plan's rows, or of its length, fit."""
-    return bisect.bisect(
-        sizes, room, key=lambda size: _needed(plan._replace(**{what: size}))
-    )
-
-
-def _at_most(rows) -> str:
-    return f"at most {rows} row{'s' if rows > 1 else ''} at a time"
-
-
 def _room(gpu_gib, kind) -> float:
     """Bytes that torch may take on a GPU of that kind."""
     env.check_gib("gpu_gib", gpu_gib)
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown: take one of {list(KINDS)}")
-    return (gpu_gib - CONTEXT_GIB) * env.GIB
+    return (gpu_gib - CONTEXT_GIB) * GIB
 
 
 def _needed(plan) -> float:
@@ -164,3 +147,25 @@ def _needed(plan) -> float:
     stays = ("base weights", "adapters", "optimizer", "workspaces")
     passing = prediction.peak - sum(prediction.kinds[kind] for kind in stays)
     return prediction.peak + RESERVE * passing
+
+
+def _most_rows(plan, room) -> int:
+    """How many of a plan's rows fit at a time."""
+    return _most(plan, room, "rows", range(1, plan.rows + 1))
+
+
+def _longest(plan, room) -> int:
+    """Tokens of the longest row that fits alone."""
+    lengths = range(64, plan.config.max_position_embeddings + 1, 64)
+    return 64 * _most(plan._replace(rows=1), room, "length", lengths)
+
+
+def _most(plan, room, field, sizes) -> int:
+    """How many of the ascending sizes of a plan's field fit."""
+    return bisect.bisect(
+        sizes, room, key=lambda size: _needed(plan._replace(**{field: size}))
+    )
+
+
+def _at_most(rows) -> str:
+    return f"at most {rows} row{'s' if rows > 1 else ''} at a time"

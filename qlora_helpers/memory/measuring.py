@@ -34,15 +34,14 @@ def tensor_bytes(parameter: torch.Tensor) -> int:
 def state_bytes(model, optimizer) -> dict[str, int]:
     """Bytes that a run keeps from step to step, by kind, counted on its tensors.
 
-    Gradients are gone between two steps, so each trained parameter counts as one of its
-    own shape and dtype. A tensor that several states share counts once.
+    Gradients are gone between two steps, and count as much as the adapters. A tensor
+    that several states share counts once.
     """
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
     states = [t for state in optimizer.state.values() for t in state.values()]
     once = {id(t): t.nbytes for t in states if isinstance(t, torch.Tensor)}
     return {
-        "base model": sum(tensor_bytes(parameter) for parameter in frozen),
+        "base model": sum(map(tensor_bytes, model.parameters())) - trained,
         "adapters": trained,
         "gradients": trained,
         "optimizer": sum(once.values()),
@@ -52,8 +51,8 @@ def state_bytes(model, optimizer) -> dict[str, int]:
 def hold_to(gib: float | None) -> None:
     """Let torch take at most `gib` GiB of the GPU, as of a smaller card; None: all.
 
-    It proves that a run fits, not how fast such a card is. Managed memory (paged
-    optimizer states) and CUDA's own are not counted. On a CPU nothing is held.
+    Managed memory (paged optimizer states) and CUDA's own are not counted. On a CPU
+    nothing is held.
     """
     device = env.profile().device
     if gib is not None:
@@ -65,10 +64,10 @@ def hold_to(gib: float | None) -> None:
 
 
 def may_take() -> int:
-    """Bytes that torch may still take on this GPU.
+    """Bytes that torch may still take on this GPU; ValueError where there is none.
 
-    That is the driver's free memory plus what torch has reserved but does not use, and
-    at most what torch's own limit (hold_to) leaves. Raises ValueError without a GPU.
+    They are what the driver has free and torch has reserved without using it, and at
+    most what hold_to leaves.
     """
     device = env.profile().device
     free, whole = torch.cuda.mem_get_info(device)
@@ -92,7 +91,7 @@ def peak():
         yield found
         found["bytes"] = torch.cuda.max_memory_allocated(device)
     else:
-        with _most(lambda: process.memory_info().rss, seconds=0.1) as found:
+        with _largest(lambda: process.memory_info().rss, seconds=0.1) as found:
             yield found
 
 
@@ -109,11 +108,11 @@ def private_peak():
         return info.rss - getattr(info, "shared", 0)
 
     before = private()
-    return _most(lambda: private() - before, seconds=0.005)
+    return _largest(lambda: private() - before, seconds=0.005)
 
 
 @contextlib.contextmanager
-def _most(read, seconds):
+def _largest(read, seconds):
     """Yield a dict whose `bytes` is the largest of what `read()` gave until the end."""
     found, done = {"bytes": read()}, threading.Event()
 
@@ -173,11 +172,10 @@ class Ledger(TorchDispatchMode):
 def measure(trainer) -> dict[str, int]:
     """Let a trainer train, and return the bytes that its run took, by kind.
 
-    The kinds that it keeps from step to step are those of state_bytes. `peak` is the
-    most that its tensors held: on a GPU as torch's allocator counts, less what was
-    there before and is not the trainer's model; on a CPU as a Ledger counts. `passing`
-    is the part of the peak that no kept kind holds. On a GPU, `reserved` is what torch
-    took from the card.
+    The first kinds are those of state_bytes. `peak` is the most that its tensors held:
+    on a GPU as torch's allocator counts, without other models; on a CPU as a Ledger
+    counts. `passing` is the part of the peak that no kept kind holds. On a GPU,
+    `reserved` is what torch took from the card.
     """
     device = env.profile().device
     tensors = (t for p in trainer.model.parameters() for t in stored_tensors(p))
@@ -196,7 +194,7 @@ def measure(trainer) -> dict[str, int]:
             trainer.train()
         most = ledger.peak
     kinds = state_bytes(trainer.model, trainer.optimizer)
-    held = sum(size for kind, size in kinds.items() if kind != "gradients")
+    held = sum(kinds.values()) - kinds["gradients"]
     kinds |= {"passing": most - held, "peak": most}
     if device.type == "cuda":
         kinds["reserved"] = torch.cuda.max_memory_reserved(device)

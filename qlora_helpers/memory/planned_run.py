@@ -72,15 +72,12 @@ class Plan(NamedTuple):
     every: int = 1  # 1: each layer is checkpointed, 2: every second one; 0: none
     full_logits: bool = not FUSED_LOSS
     accumulates: bool = False  # gradients of several batches before a step
-    extras: Extras = Extras()
+    on_gpu: bool = True
+    kbit_casts: bool = False
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.extras.device == "cuda"
 
     @property
     def trained(self) -> int:
@@ -90,9 +87,9 @@ class Plan(NamedTuple):
     @property
     def between(self) -> int:
         """Bytes of a number that passes between layers: fp32 after the kbit casts."""
-        return 4 if self.extras.kbit_casts else self.compute
+        return 4 if self.kbit_casts else self.compute
 
-    def up(self, size: int) -> int:
+    def round_up(self, size: int) -> int:
         """The bytes that torch's allocator takes for `size`."""
         return in_blocks(size) if self.on_gpu else size
 
@@ -104,39 +101,36 @@ def in_blocks(size: int) -> int:
 
 def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
     """The run that the configs describe; takes and raises what memory.predict does."""
-    extras = Extras() if extras is None else extras
+    if extras is None:
+        extras = Extras()
     if not isinstance(extras, Extras):
         raise TypeError(f"extras is {type(extras).__name__}: give an Extras or None")
-    named = isinstance(model_config, str)
-    config = models.llama_config(model_config) if named else model_config
+    config = model_config
+    if isinstance(model_config, str):
+        config = models.llama_config(model_config)
     refuse_uncounted("model_config", config, "LlamaConfig")
     refuse_uncounted("sft_config", sft_config, "SFTConfig")
     if bnb_config is not None:
         refuse_uncounted("bnb_config", bnb_config, "BitsAndBytesConfig")
     if lora_config is not None:
         refuse_uncounted("lora_config", lora_config, "LoraConfig")
-    mixed = torch.float16 if sft_config.fp16 else torch.float32
-    mixed = torch.bfloat16 if sft_config.bf16 else mixed
-    dtypes = {"sft_config": mixed, "model_config.dtype": config.dtype or mixed}
-    if bnb_config is not None:
-        dtypes["bnb_4bit_compute_dtype"] = bnb_config.bnb_4bit_compute_dtype
+    dtype = _dtype_of(config, bnb_config, sft_config)
     optim = getattr(sft_config.optim, "value", sft_config.optim)
+    if optim not in OPTIMIZERS:
+        raise ValueError(f"optim is {optim!r}: take one of {[*OPTIMIZERS]}")
+    if bnb_config and not lora_config:
+        raise ValueError("4-bit weights cannot train: set lora_config")
+    if sft_config.fp16 and not lora_config:
+        raise ValueError(FULL_IN_FP16)
+    if extras.kbit_casts and not bnb_config:
+        raise ValueError("extras.kbit_casts needs a bnb_config")
+    # a BitsAndBytesConfig shows all of its settings, and cannot be compared
     loaded = getattr(config, "quantization_config", None)
-    for contradicts, words in [
-        # a BitsAndBytesConfig shows all of its settings, and cannot be compared
-        (
-            loaded is not None and repr(loaded) != repr(bnb_config),
+    if loaded is not None and repr(loaded) != repr(bnb_config):
+        raise ValueError(
             "model_config.quantization_config is not the bnb_config: give the one that "
-            "the model was loaded with",
-        ),
-        (bnb_config and not lora_config, "4-bit weights cannot train: set lora_config"),
-        (len(set(dtypes.values())) > 1, f"dtypes differ: {dtypes}; make them the same"),
-        (sft_config.fp16 and not lora_config, FULL_IN_FP16),
-        (extras.kbit_casts and not bnb_config, "extras.kbit_casts needs a bnb_config"),
-        (optim not in OPTIMIZERS, f"optim is {optim!r}: take one of {[*OPTIMIZERS]}"),
-    ]:
-        if contradicts:
-            raise ValueError(words)
+            "the model was loaded with"
+        )
     return Plan(
         config=config,
         four_bit=bnb_config is not None,
@@ -145,14 +139,15 @@ def read(model_config, bnb_config, lora_config, sft_config, extras) -> Plan:
         r=lora_config.r if lora_config else 0,
         rows=sft_config.per_device_train_batch_size,
         length=sft_config.max_length,
-        compute=mixed.itemsize,
+        compute=dtype.itemsize,
         optim=optim,
         repeat_kv=sft_config.fp16 if extras.repeat_kv is None else extras.repeat_kv,
         dropout=bool(lora_config and lora_config.lora_dropout),
         every=_checkpointing_of(sft_config),
         full_logits=extras.full_logits or not FUSED_LOSS,
         accumulates=sft_config.gradient_accumulation_steps > 1,
-        extras=extras,
+        on_gpu=extras.device == "cuda",
+        kbit_casts=extras.kbit_casts,
     )
 
 
@@ -170,9 +165,9 @@ def refuse_uncounted(name, config, kind: str) -> None:
     known = " ".join(TABLES[kind].values()).split()
     for setting, default in defaults(config).items():
         value = getattr(config, setting, default)
-        unset = value == default or not (value or default)  # None, False, [] and ""
-        harmless = value in HARMLESS_VALUES.get(setting, [])
-        if not (unset or harmless or setting in known):
+        if setting in known or value in [default, *HARMLESS_VALUES.get(setting, [])]:
+            continue
+        if value or default:  # None, False, [] and "" all mean that it is not set
             raise ValueError(
                 f"{name}.{setting.lstrip('_')} is {getattr(value, 'value', value)!r}, "
                 f"whose effect cannot be predicted: leave the setting at {default!r}"
@@ -192,6 +187,19 @@ def defaults(config) -> dict:
     return found
 
 
+def _dtype_of(config, bnb_config, sft_config) -> torch.dtype:
+    """The dtype in which a run computes; the configs must agree on it."""
+    mixed = torch.float32
+    if sft_config.fp16 or sft_config.bf16:
+        mixed = torch.bfloat16 if sft_config.bf16 else torch.float16
+    dtypes = {"sft_config": mixed, "model_config.dtype": config.dtype or mixed}
+    if bnb_config is not None:
+        dtypes["bnb_4bit_compute_dtype"] = bnb_config.bnb_4bit_compute_dtype
+    if set(dtypes.values()) != {mixed}:
+        raise ValueError(f"dtypes differ: {dtypes}; make them the same")
+    return mixed
+
+
 def _checkpointing_of(sft_config) -> int:
     """Plan.every: how often a layer is checkpointed."""
     found = {}
@@ -199,19 +207,19 @@ def _checkpointing_of(sft_config) -> int:
         if hasattr(sft_config, name):  # the first is new in transformers 5.23
             details = getattr(sft_config, f"{name}_kwargs") or {}
             found[name] = dict(details) if getattr(sft_config, name) else None
-    chosen, *other = found.values()
-    if other not in ([], [chosen]):
+    details = found["gradient_checkpointing"]
+    if any(other != details for other in found.values()):
         raise ValueError(
             f"sft_config contradicts itself: {found}; one is an alias of the other, "
             "and only SFTConfig(...) copies it: give it there, do not set it later"
         )
-    if chosen is None:
+    if details is None:
         return 0
-    every = chosen.pop("every_n_layers", 1)
+    every = details.pop("every_n_layers", 1)
     check_whole("every_n_layers", every)
-    if any(chosen.values()):
+    if any(details.values()):
         raise ValueError(
-            f"checkpointing with {chosen} cannot be predicted: give only "
+            f"checkpointing with {details} cannot be predicted: give only "
             "use_reentrant=False and every_n_layers"
         )
     return every

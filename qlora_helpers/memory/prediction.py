@@ -59,25 +59,29 @@ def predict_plan(plan: Plan) -> Prediction:
     weights = formulas.weight_bytes(plan)
     gradients = formulas.gradient_bytes(plan)
     states, paged = formulas.optimizer_bytes(plan)
-    kept, last, first = formulas.activation_bytes(plan)
+    kept, last_layer, first_layer = formulas.activation_bytes(plan)
     ends = formulas.end_bytes(plan)
-    in_loss, of_head = formulas.loss_bytes(plan)
+    loss, head_gradient = formulas.loss_bytes(plan)
     # tied: the head's gradient waits for the embedding's, then their sum is made
     tied = plan.config.tie_word_embeddings
-    early = of_head
-    begun = of_head + gradients // plan.config.num_hidden_layers
-    ending = gradients - (0 if tied else of_head)
+    at_loss = head_gradient
+    at_last_layer = head_gradient + gradients // plan.config.num_hidden_layers
+    at_first_layer = gradients - (0 if tied else head_gradient)
     if plan.accumulates:  # from the second batch on they are there all the time
-        early = begun = ending = gradients
-    backward = {"logits and loss": in_loss, "gradients": early}
-    moments = {"the loss, backward": {"activations": kept + ends} | backward}
-    turns = formulas.turning_bytes(plan).items()
+        at_loss = at_last_layer = at_first_layer = gradients
+    moments = {
+        "the loss, backward": {
+            "activations": kept + ends,
+            "logits and loss": loss,
+            "gradients": at_loss,
+        }
+    }
     for layer, held, of_layers in [
-        ("last layer", kept + last, begun),
-        ("first layer", first, ending),
+        ("last layer", kept + last_layer, at_last_layer),
+        ("first layer", first_layer, at_first_layer),
     ]:
-        for part, (extra, scratch) in turns:
-            moments[f"{layer}: {part}"] = {
+        for moment, (extra, scratch) in formulas.extra_within_layer(plan).items():
+            moments[f"{layer}: {moment}"] = {
                 "activations": held + extra,
                 "dequantized weight": scratch,
                 "gradients": of_layers,
@@ -85,7 +89,7 @@ def predict_plan(plan: Plan) -> Prediction:
     if not plan.every:  # it is not gone through again
         del moments["first layer: forward, down_proj"]
     if not plan.targets:
-        embedding = gradients + (2 * of_head if tied else 0)
+        embedding = gradients + (2 * head_gradient if tied else 0)
         moments["the embedding, backward"] = {"gradients": embedding}
     # On a GPU, torch's AdamW without `fused` holds the square roots for all tensors at
     # once. Source: torch/optim/adam.py, _multi_tensor_adam.
@@ -98,5 +102,5 @@ def predict_plan(plan: Plan) -> Prediction:
         "workspaces": WORKSPACES if plan.on_gpu else 0,
     }
     moments = {name: always | kinds for name, kinds in moments.items()}
-    log_probabilities = in_loss // 3 if plan.full_logits else 0  # of three tensors
+    log_probabilities = loss // 3 if plan.full_logits else 0  # of three tensors
     return Prediction(weights, kept + ends + log_probabilities, moments, paged)

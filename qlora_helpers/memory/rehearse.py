@@ -1,9 +1,8 @@
 """Rehearse a training step on tensors without data: its bytes, for any size, on a CPU.
 
 torch's fake tensors have shapes, dtypes and storages, and no memory behind them. Model,
-PEFT, TRL's loss and autograd are the real ones, so that what is counted is what they
-allocate. Not rehearsed are the trainer, the optimizer, a padding mask, and what happens
-inside of a GPU's kernel.
+PEFT, TRL's loss and autograd are the real ones. The trainer, the optimizer, a padding
+mask and what happens inside of a GPU's kernel are not rehearsed.
 """
 
 import contextlib
@@ -31,12 +30,11 @@ if FUSED_LOSS:
 
 
 def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extras=None):
-    """Rehearse one forward and backward pass, and count what memory.predict predicts.
+    """Rehearse one forward and backward pass; takes what memory.predict takes.
 
-    Takes what memory.predict takes. Returns bytes: {"weights": base model and adapters,
-    "kept": what the forward pass leaves for the backward pass, "peak": the most held,
-    weights included, "gradients": what is left at the end}. Neither the optimizer nor
-    CUDA's workspaces are in it.
+    Returns bytes: {"weights": base model and adapters, "kept": what the forward pass
+    leaves for the backward pass, "peak": the most held, weights included, "gradients":
+    what is left at the end}. Neither the optimizer nor CUDA's workspaces are in it.
     """
     plan = read(model_config, bnb_config, lora_config, sft_config, extras)
     dtype = torch.float32 if plan.compute == 4 else torch.bfloat16  # fp16 takes as much
@@ -47,7 +45,7 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
     bar = tqdm(total=len(layers) + again, desc="rehearsal", unit="layer", leave=False)
     for layer in layers:
         layer.register_forward_hook(lambda *_: bar.update() and None)
-    ledger, fake = Ledger(plan.up), FakeTensorMode(allow_non_fake_inputs=True)
+    ledger, fake = Ledger(plan.round_up), FakeTensorMode(allow_non_fake_inputs=True)
     with bar, fake, ledger, _as_planned(plan):
         _fill(model, inner, bnb_config)
         weights = ledger.now
@@ -76,10 +74,10 @@ def step(model_config, bnb_config=None, lora_config=None, sft_config=None, extra
 def _as_planned(plan):
     """Let the libraries do what they would do on the planned device.
 
-    Fake CUDA tensors would be no plainer: Triton and autograd then ask for a driver.
+    Fake CUDA tensors cannot be used, because Triton and autograd then ask for a driver.
     """
     stand_ins = [
-        # The mask is looked at, and fake tensors have no data: rows are full.
+        # The model reads the mask, and fake tensors have no data: rows are full.
         (modeling_llama, "create_causal_mask", lambda *_, **__: None),
         (sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: not plan.repeat_kv),
     ]
@@ -109,7 +107,7 @@ def _skeleton(plan, bnb_config, lora_config, dtype):
         return model.requires_grad_(True)
     model = get_peft_model(model, lora_config, low_cpu_mem_usage=True)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or plan.extras.kbit_casts:
+        if "lora_" in name or plan.kbit_casts:
             parameter.data = parameter.data.float()
     return model
 
@@ -128,25 +126,22 @@ def _fill(model, inner, bnb_config):
 
 def _fake_4bit(shape, bnb_config):
     """A packed weight with its scales, as bitsandbytes has them."""
-    size, double = shape.numel(), bnb_config.bnb_4bit_use_double_quant
-    blocks = -(-size // BLOCK)
-    second = {}
-    if double:
-        scales = QuantState(
-            torch.empty(-(-blocks // SCALE_BLOCK)),
-            code=torch.empty(256),
-            blocksize=SCALE_BLOCK,
-            dtype=torch.float32,
-        )
-        second = {"offset": torch.empty(()), "state2": scales}
-    weight = torch.empty(-(-size // 2), 1, dtype=torch.uint8)
-    weight.quant_state = QuantState(
-        torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
+    blocks = -(-shape.numel() // BLOCK)
+    state = QuantState(
+        torch.empty(blocks),
         shape=shape,
         code=torch.empty(16),
         blocksize=BLOCK,
         quant_type=bnb_config.bnb_4bit_quant_type,
         dtype=bnb_config.bnb_4bit_compute_dtype,
-        **second,
     )
+    if bnb_config.bnb_4bit_use_double_quant:
+        state.nested, state.offset = True, torch.empty(())
+        state.absmax = torch.empty(blocks, dtype=torch.uint8)
+        scales, code = torch.empty(-(-blocks // SCALE_BLOCK)), torch.empty(256)
+        state.state2 = QuantState(
+            scales, code=code, blocksize=SCALE_BLOCK, dtype=torch.float32
+        )
+    weight = torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8)
+    weight.quant_state = state
     return weight

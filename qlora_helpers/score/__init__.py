@@ -1,17 +1,10 @@
 """Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
 
-from qlora_helpers.score.generate import (
-    MAX_NEW_TOKENS,
-    generate_answers,
-    generation_speed,
-    judging,
-)
-from qlora_helpers.score.intervals import Interval, bootstrap_interval, paired_interval
+from qlora_helpers.score.generate import generate_answers, generation_speed, judging
+from qlora_helpers.score.intervals import bootstrap_interval, paired_interval
 from qlora_helpers.score.judged import (
     Accuracy,
     Answer,
-    Divergence,
-    Perplexity,
     answer_logits,
     ask,
     divergence,

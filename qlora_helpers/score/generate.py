@@ -3,11 +3,11 @@
 import contextlib
 import os.path
 import time
+from unittest import mock
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
@@ -20,11 +20,11 @@ STEP = 8  # new tokens between two looks at which answers have ended
 def _as_trained(model):
     """Autocast a bf16 model on a CPU, as the Trainer does; elsewhere change nothing.
 
-    Its adapters are fp32: left alone, every layer casts its input up and down again.
+    Without it, each layer would cast its input to the fp32 of its adapter and back.
     """
-    on_cpu = model.device.type == "cpu"
-    enabled = on_cpu and model.dtype == torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+    device = model.device.type
+    enabled = device == "cpu" and model.dtype == torch.bfloat16
+    return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
 
 @contextlib.contextmanager
@@ -36,34 +36,33 @@ def judging(model):
     instead, which gives the same products, if all of them fit into an eighth of the
     memory. Source: bitsandbytes/backends/default/ops.py, gemm_4bit.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, Linear4bit)
-        and module.weight.device.type == "cpu"
-        and module.weight.quant_state is not None
-        and module.compute_dtype is not None
-        # repacked for AVX512-BF16: dequantize_4bit would read it wrongly
-        and not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
-        and "forward" not in vars(module)  # accelerate's, which moves weights
-    ]
+    layers = [module for module in model.modules() if _can_be_dense(module)]
     size = sum(
         layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize
         for layer in layers
     )
     if size > env.total_ram_gib() * env.GIB / 8:
         layers = []
-    was_training = model.training
-    model.eval()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
         for layer in layers:
-            layer.forward = _dense_forward(layer)
+            forward = _dense_forward(layer)
+            stack.enter_context(mock.patch.object(layer, "forward", forward))
         with torch.no_grad(), _as_trained(model):
             yield
-    finally:
-        model.train(was_training)
-        for layer in layers:
-            vars(layer).pop("forward", None)
+
+
+def _can_be_dense(module) -> bool:
+    """Whether a module is a 4-bit layer that can be dequantized beforehand."""
+    if not isinstance(module, Linear4bit) or module.weight.device.type != "cpu":
+        return False
+    state = module.weight.quant_state
+    # repacked for AVX512-BF16: dequantize_4bit would read it wrongly
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    offloaded = "forward" in vars(module)  # accelerate's, which moves weights
+    ready = state is not None and module.compute_dtype is not None
+    return ready and not repacked and not offloaded
 
 
 def _dense_forward(layer):
@@ -79,21 +78,20 @@ def _dense_forward(layer):
     return forward
 
 
-@contextlib.contextmanager
 def _only_as_asked(model):
     """Hide the model's own generation_config, with which generate() fills gaps.
 
     It is emptied in place, because a PEFT model and its base share the object.
     """
-    config = vars(model.generation_config)
-    own = dict(config)
-    try:
-        config.clear()
-        config.update(vars(GenerationConfig()))
-        yield
-    finally:
-        config.clear()
-        config.update(own)
+    own = vars(model.generation_config)
+    return mock.patch.dict(own, vars(GenerationConfig()), clear=True)
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """The tokens at which an answer ends, for the model and for the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({tokenizer.eos_token_id, *ends} - {None})
 
 
 def generate_answers(
@@ -105,16 +103,14 @@ def generate_answers(
     ended by itself and was not cut at `max_new_tokens`. Only the end tokens are taken
     from the model's generation_config.
 
-    Raises ValueError for one text instead of a list, for an empty prompt, for a size
-    below 1 and for a tokenizer without an end token.
+    Raises ValueError for one text in place of a list, an empty prompt, a size below 1,
+    and a tokenizer without an end token.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one text: give a list of texts")
     env.check_whole("batch_size", batch_size)
     env.check_whole("max_new_tokens", max_new_tokens)
-    config_eos = model.generation_config.eos_token_id
-    ends = set(config_eos) if isinstance(config_eos, list) else {config_eos}
-    ends = sorted((ends | {tokenizer.eos_token_id}) - {None})
+    ends = end_tokens(model, tokenizer)
     if not ends:
         raise ValueError("no end token: set tokenizer.eos_token to where answers end")
     ids = [records.context_ids(prompt, tokenizer) for prompt in prompts]
@@ -153,13 +149,15 @@ def _continue(model, prompts, ends, max_new_tokens):
         shortest = min(map(len, prompts))
         shared = min(len(os.path.commonprefix(prompts)), shortest - 1)
         step = STEP
-    # The padding stands before the question: an answer must follow its last token.
-    asked = [torch.tensor(ids[shared:]) for ids in prompts]
-    start = torch.tensor(prompts[0][:shared], dtype=torch.long).repeat(len(asked), 1)
-    inputs = pad_sequence(asked, True, ends[0], "left")
-    mask = pad_sequence(list(map(torch.ones_like, asked)), True, 0, "left")
-    inputs = torch.cat([start, inputs], dim=1).to(model.device)
-    mask = torch.cat([torch.ones_like(start), mask], dim=1).to(model.device)
+    longest = max(map(len, prompts))
+    inputs, mask = [], []
+    for ids in prompts:
+        # The padding stands before the question: an answer must follow its last token.
+        padding = longest - len(ids)
+        inputs.append(ids[:shared] + [ends[0]] * padding + ids[shared:])
+        mask.append([1] * shared + [0] * padding + [1] * (len(ids) - shared))
+    inputs = torch.tensor(inputs).to(model.device)
+    mask = torch.tensor(mask).to(model.device)
     cache = None
     if shared:
         cache = model(input_ids=inputs[:1, :shared], use_cache=True).past_key_values
@@ -204,8 +202,9 @@ def generation_speed(model, batch: int, prompt: int = 64, tokens: int = 16) -> f
         env.check_whole(name, value)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    inputs = torch.randint(10, vocabulary, (batch, prompt), generator=generator)
-    inputs = inputs.to(model.device)
+    ids = torch.randint(10, vocabulary, (batch, prompt), generator=generator)
+    ids = ids.to(model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     exact = GenerationConfig(
         max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
         pad_token_id=0, use_cache=True,
@@ -213,11 +212,7 @@ def generation_speed(model, batch: int, prompt: int = 64, tokens: int = 16) -> f
 
     def run():
         with _as_trained(model), _only_as_asked(model):
-            model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                generation_config=exact,
-            )
+            model.generate(**inputs, generation_config=exact)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
 

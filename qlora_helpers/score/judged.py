@@ -63,8 +63,10 @@ class Perplexity(NamedTuple):
     nll: list
 
     def __repr__(self):
-        interval = f"({self.low:.2f} to {self.high:.2f})"
-        return f"perplexity {self.value:.2f} {interval}, {self.tokens} tokens"
+        return (
+            f"perplexity {self.value:.2f} ({self.low:.2f} to {self.high:.2f}), "
+            f"{self.tokens} tokens"
+        )
 
 
 class Divergence(NamedTuple):
@@ -74,10 +76,10 @@ class Divergence(NamedTuple):
     error: float  # norm of the difference of the logits, by the reference's norm
 
 
-def ask(question, model, tokenizer, database, *, system):
+def ask(question, model, tokenizer, database, *, system) -> Answer:
     """Put one question in English to the model and run the SQL that it writes.
 
-    `system` is the system message, None for none. Returns an Answer: SQL and rows.
+    `system` is the system message, None for none.
     """
     check_databases([database])
     prompt = task.prompt({"instruction": question, "input": ""}, tokenizer, system)
@@ -97,11 +99,10 @@ def checked(records) -> list[dict]:
 def execution_accuracy(model, tokenizer, records, databases, *, system, batch_size=64):
     """Ask the model every record's question, run its SQL, compare with the gold.
 
-    `system` is the system message of every prompt; None means no message. Returns an
-    Accuracy with its bootstrap interval over the questions.
-
-    Raises, before it asks anything, ValueError for a record that cannot be asked or
-    judged and TypeError for databases that are not open.
+    `system` is the system message of every prompt, None for none. Returns an Accuracy
+    with its bootstrap interval over the questions. Raises, before it asks anything,
+    ValueError for a record that cannot be asked or judged, and TypeError for databases
+    that are not open.
     """
     check_databases(databases)
     records = checked(records)
@@ -125,9 +126,9 @@ def execution_accuracy(model, tokenizer, records, databases, *, system, batch_si
 def answer_logits(model, tokenizer, records, *, system):
     """The logits with which a model meets each token of the gold answers.
 
-    `system` is the system message of every prompt; None means no message. Returns
-    (tokens, vocabulary), fp32, on the CPU: the rows of one record after another, each
-    ending with the end token's row. Raises ValueError for a bad record, or for none.
+    `system` is the system message of every prompt, None for none. Returns (tokens,
+    vocabulary), fp32, on the CPU: the rows of one record after another, each ending
+    with the end token's row. Raises ValueError for a bad record, or for none.
     """
     records, kept = checked(records), []
     with judging(model):
@@ -144,10 +145,7 @@ def answer_logits(model, tokenizer, records, *, system):
 
 
 def divergence(logits, reference) -> Divergence:
-    """Compare two results of `answer_logits`, row by row: KL and logit error.
-
-    Raises ValueError where their shapes differ: they are not of the same questions.
-    """
+    """Compare two results of `answer_logits`; ValueError where their shapes differ."""
     if logits.shape != reference.shape:
         raise ValueError(
             f"logits are {tuple(logits.shape)}, the reference's "

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from qlora_helpers import env, models, records
 from qlora_helpers.models.load import nested
+from qlora_helpers.score.generate import end_tokens
 from qlora_helpers.train.recipe import CHECKPOINTING
 
 
@@ -29,21 +30,19 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
     layers = [m for m in modules.values() if isinstance(m, Linear4bit)]
     tuned = [m for m in modules.values() if isinstance(m, BaseTunerLayer)]
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
-    twice = nested(model)
-    faults = {  # with which no adapter would train
-        twice: twice,
-        "the adapters are merged: call model.unmerge_adapter() first": any(
-            layer.merged for layer in tuned
-        ),
-        "alpha is 0, so the adapters change nothing: give one above 0": any(
-            0 in getattr(layer, "scaling", {}).values() for layer in tuned
-        ),
-        "nothing can train, because every parameter is frozen: load a saved adapter "
-        "with load_adapter(..., trainable=True)": not trained,
-    }
-    for fault, found in faults.items():
-        if found:
-            raise RuntimeError(f"not as the recipe asked: {fault}")
+    fault = ""
+    if not trained:
+        fault = (
+            "nothing can train, because every parameter is frozen: load a saved "
+            "adapter with load_adapter(..., trainable=True)"
+        )
+    if any(0 in getattr(layer, "scaling", {}).values() for layer in tuned):
+        fault = "alpha is 0, so the adapters change nothing: give one above 0"
+    if any(layer.merged for layer in tuned):
+        fault = "the adapters are merged: call model.unmerge_adapter() first"
+    fault = nested(model) or fault
+    if fault:
+        raise RuntimeError(f"not as the recipe asked: {fault}")
     masked = check_rows(trainer)
     plain = [name for name, m in modules.items() if type(m) is torch.nn.Linear]
     # of the output head and of the adapters themselves none is 4-bit
@@ -55,23 +54,25 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
     optimizer = optimizer_name(getattr(built, "optimizer", built))  # accelerate's
     wanted = "fp16" if profile.fp16 else "bf16" if profile.bf16 else "no"
     precision = trainer.accelerator.mixed_precision
-    repeated = ", keys and values repeated" if profile.fp16 else ""
     attention = model.config._attn_implementation
+    repeats = models.repeats_keys_and_values()
+    repeated = ", keys and values repeated" if profile.fp16 else ""
+    kinds = {layer.weight.quant_type for layer in layers}
+    computing = {layer.compute_dtype for layer in layers}
+    dtypes = {parameter.dtype for parameter in trained.values()}
     effective = {  # what the recipe asks for: whether it is so
-        "the linear layers are NF4": not plain
-        and {layer.weight.quant_type for layer in layers} == {"nf4"},
+        "the linear layers are NF4": not plain and kinds == {"nf4"},
         "with double quantization": all(m.weight.quant_state.nested for m in layers),
-        f"computing in {profile.compute_dtype}": {m.compute_dtype for m in layers}
-        == {profile.compute_dtype},
+        f"computing in {profile.compute_dtype}": computing == {profile.compute_dtype},
         "only adapters train": all("lora_" in name for name in trained),
-        "adapters are fp32": {p.dtype for p in trained.values()} == {torch.float32},
+        "adapters are fp32": dtypes == {torch.float32},
         f"the optimizer is {profile.optim}": optimizer == profile.optim,
         f"mixed precision is {wanted}": precision == wanted,
-        f"attention is sdpa{repeated}": attention == "sdpa"
-        and models.repeats_keys_and_values() == profile.fp16,
+        f"attention is sdpa{repeated}": (attention, repeats) == ("sdpa", profile.fp16),
         "the prompt carries no loss": masked,
     }
-    if wrong := [what for what, holds in effective.items() if not holds]:
+    wrong = [what for what, holds in effective.items() if not holds]
+    if wrong:
         raise RuntimeError(
             f"not in effect, though the recipe asked for it: {'; '.join(wrong)} "
             f"(found: {len(layers)} 4-bit and {len(plain)} other linear layers, "
@@ -89,8 +90,7 @@ def optimizer_name(optimizer) -> str:
     """The name that TrainingArguments uses for the optimizer's kind."""
     kind = type(optimizer)
     if kind is torch.optim.AdamW:
-        fused = optimizer.defaults.get("fused")
-        return "adamw_torch_fused" if fused else "adamw_torch"
+        return "adamw_torch_fused" if optimizer.defaults["fused"] else "adamw_torch"
     if kind is bitsandbytes.optim.AdamW:
         paged = "paged_" if optimizer.is_paged else ""
         return f"{paged}adamw_{optimizer.args.optim_bits}bit"
@@ -114,8 +114,7 @@ def check_rows(trainer: SFTTrainer) -> bool:
     written = "prompt" in given.column_names  # else they are tokens
     asked = given["prompt"] if written else []
     prompts = {tuple(records.context_ids(prompt, tokenizer)) for prompt in asked}
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    ends = end_tokens(model, tokenizer)
     limit, known = trainer.args.max_length, model.get_input_embeddings().weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", math.inf)
     count = Counter()
@@ -124,16 +123,17 @@ def check_rows(trainer: SFTTrainer) -> bool:
         labels = trainer.data_collator([dict(row)])["labels"][0].tolist()
         learned = [label for label in labels if label != -100]
         answer = labels.index(learned[0]) if learned else 0  # where it starts
-        ended = not ends.isdisjoint(learned[-3:])  # a line break can follow
-        count.update(
-            ended=ended,
-            endless=written and not ended,
-            cut=written and not ended and len(ids) == limit,
-            unmasked=not answer,
-            other=written and answer and tuple(ids[:answer]) not in prompts,
-            long=len(ids) > positions,
-            strange=max(ids) >= known,
-        )
+        count["with loss on the prompt"] += not answer
+        count["too long"] += len(ids) > positions
+        count["unknown token"] += max(ids) >= known
+        if not written:
+            continue
+        count["other prompt"] += answer > 0 and tuple(ids[:answer]) not in prompts
+        if set(ends) & set(learned[-3:]):  # a line break can follow
+            count["ended"] += 1
+        else:
+            count["endless"] += 1
+            count["cut"] += len(ids) == limit
     kept, left_out = len(rows), len(given) - len(rows)
     if written:
         print(
@@ -142,24 +142,23 @@ def check_rows(trainer: SFTTrainer) -> bool:
         )
     else:
         left_out = sum(len(ids) > (limit or math.inf) for ids in given["input_ids"])
+    count["cut"] += left_out
     faults = {
-        f"are longer than max_length={limit}, and rows that are cut teach the model to "
-        "stop early: give to_prompt_completion and sft_config the same max_length": (
-            count["cut"] + left_out
-        ),
-        f"do not teach an end token ({sorted(ends - {None})}): set tokenizer.eos_token "
-        "to the token at which an answer ends": count["endless"],
-        f"are longer than the {positions} tokens that the model was made for: leave "
-        "them out with a smaller max_length": count["long"],
-        f"hold a token from {known:,} on, for which the model has no row: train "
-        "without added tokens, or resize the model's embeddings": count["strange"],
-        "are trained with prompt tokens that no prompt has when it is asked: use a "
-        "chat template that writes the same prompt without the answer": count["other"],
+        "cut": f"are longer than max_length={limit}, and cut rows teach the model to "
+        "stop early: give to_prompt_completion and sft_config the same max_length",
+        "endless": f"do not teach an end token ({ends}): set tokenizer.eos_token to "
+        "the token at which an answer ends",
+        "too long": f"are longer than the {positions} tokens that the model was made "
+        "for: leave them out with a smaller max_length",
+        "unknown token": f"hold a token from {known:,} on, for which the model has no "
+        "row: train without added tokens, or resize the model's embeddings",
+        "other prompt": "are trained with prompt tokens that no prompt has when it is "
+        "asked: use a chat template that writes the same prompt without the answer",
     }
-    for fault, number in faults.items():
-        if number:
-            raise RuntimeError(f"{number:,} of {len(given):,} rows {fault}")
-    return not count["unmasked"]
+    for name, fault in faults.items():
+        if count[name]:
+            raise RuntimeError(f"{count[name]:,} of {len(given):,} rows {fault}")
+    return not count["with loss on the prompt"]
 
 
 class AtStart(TrainerCallback):

@@ -21,11 +21,9 @@ class LiveLoss(TrainerCallback):
             self.bar.close()
         logged = [entry for entry in state.log_history if "loss" in entry]
         self.losses = [(entry["step"], entry["loss"]) for entry in logged]
+        done = state.global_step  # above 0 if a run is resumed
         self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,  # above 0 if a run is resumed
-            desc="training",
-            unit="step",
+            total=state.max_steps, initial=done, desc="training", unit="step"
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -57,16 +55,16 @@ class LiveLoss(TrainerCallback):
 
     def draw(self):
         steps, losses = zip(*self.losses, strict=True)
-        each = steps == tuple(range(1, steps[-1] + 1))
+        every_step = steps == tuple(range(1, steps[-1] + 1))
         fig, ax = plots.figure()
-        ax.plot(steps, losses, marker="" if each and losses[1:] else "o")
+        ax.plot(steps, losses, marker="" if every_step and len(losses) > 1 else "o")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="step (no unit)", ylabel="loss (nat per token)", ylim=(0, None))
-        since = "of each step" if each else "averaged since the point before"
+        since = "of each step" if every_step else "averaged since the point before"
         ax.set_title(f"Training loss {since}")
         alt = (
             f"Training loss from {losses[0]:.1f} at step {steps[0]} to "
             f"{statistics.mean(losses[-10:]):.2f} over the last ten of {len(losses)} "
-            f"{'steps' if each else 'points'}"
+            f"{'steps' if every_step else 'points'}"
         )
         self.picture = plots.redraw(fig, alt, self.picture)

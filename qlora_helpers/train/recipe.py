@@ -109,23 +109,27 @@ def check_given(dataset, settings: SFTConfig) -> None:
             "restart the kernel and run the set-up cell first, or set "
             "CUDA_VISIBLE_DEVICES=0 before Python starts"
         )
-    if not isinstance(dataset, Dataset) or not len(dataset):
-        kind = "empty" if isinstance(dataset, Dataset) else type(dataset).__name__
-        raise ValueError(f"the dataset is {kind}: {EXPECTED}")
-    columns = dataset.column_names
-    if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(f"the dataset has the columns {columns}: {EXPECTED}")
-
-
-EXPECTED = "give the prompts and completions that records.to_prompt_completion returns"
+    if not isinstance(dataset, Dataset):
+        found = f"is {type(dataset).__name__}"
+    elif not len(dataset):
+        found = "is empty"
+    else:
+        columns = dataset.column_names
+        if "input_ids" in columns or {"prompt", "completion"} <= set(columns):
+            return
+        found = f"has the columns {columns}"
+    raise ValueError(
+        f"the dataset {found}: give the prompts and completions that "
+        "records.to_prompt_completion returns"
+    )
 
 
 def configs(config, method, batch, length, every=1, machine=None):
     """The recipe's four configs, as memory.predict takes them, for a plan.
 
-    config: a LlamaConfig. method: "qlora", "lora" (16-bit weights) or "full", else
-    ValueError. batch: rows; length: their tokens. every: 1 checkpoints each layer, 2
-    every second one, 0 none. machine: a Profile; by default that of a bf16 GPU.
+    config: a LlamaConfig. method: one of planned_run.METHODS, else ValueError. batch:
+    rows; length: their tokens. every: 1 checkpoints each layer, 2 every second one, 0
+    none. machine: a Profile; by default that of a bf16 GPU.
     """
     check_method(method)
     machine = machine or env.profile_of("bf16")
