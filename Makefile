@@ -1,7 +1,7 @@
 # make run: the whole course, without a screen, into build/
 # make test: style, helpers, notebooks
 # make lab: the course to follow, in JupyterLab
-# make outputs: for authors; the committed outputs come from here alone
+# make outputs: for authors; runs the notebooks and stores their outputs
 
 PYTHON ?= python3
 VENV := .venv

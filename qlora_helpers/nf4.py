@@ -1,4 +1,4 @@
-"""Block-wise 4-bit quantization and double quantization in readable PyTorch.
+"""NF4, FP4 and double quantization by hand, block by block, in readable PyTorch.
 
 Notebooks 01 and 02 write these functions out and explain each line. Tests hold them
 equal to bitsandbytes, bit for bit.

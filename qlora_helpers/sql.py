@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import psutil
 
-MAX_STEPS = 20_000_000  # SQLite instructions: the same verdict on a slow machine
+MAX_STEPS = 20_000_000  # SQLite instructions; the clock is only a second limit
 MAX_MEMORY = 64 * 2**20  # bytes that one query may add to this process
 CHECK_EVERY = 100  # SQLite instructions between two looks at the limits
 MAX_PLACES = 24  # where a query with several WITH parts may name one of them

@@ -201,17 +201,17 @@ def test_prompts_that_begin_alike_answer_as_alone(parrot):
     assert len({text for text, _ in alone}) > 1
 
 
-def test_judging_leaves_the_layers_as_they_were_even_interrupted(nf4_parrot):
+def test_answering_leaves_the_layers_as_they_were_even_interrupted(nf4_parrot):
     model, tokenizer = nf4_parrot
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     before = generate_answers(model, tokenizer, PROMPTS)
     inputs = torch.ones(2, 64)
     for layer in layers[:4]:
         expected = layer(inputs)
-        with score.judging(model):
+        with score.answering(model):
             assert torch.equal(layer(inputs), expected)
             assert "forward" in vars(layer)
-    with pytest.raises(KeyboardInterrupt), score.judging(model):
+    with pytest.raises(KeyboardInterrupt), score.answering(model):
         raise KeyboardInterrupt
     assert layers and not any("forward" in vars(layer) for layer in layers)
     assert generate_answers(model, tokenizer, PROMPTS) == before
@@ -221,7 +221,7 @@ def test_4_bit_layers_stay_4_bit_where_memory_is_short(nf4_parrot, monkeypatch):
     model, tokenizer = nf4_parrot
     expected = generate_answers(model, tokenizer, PROMPTS)
     monkeypatch.setattr(env, "total_ram_gib", lambda: 1e-6)
-    with score.judging(model):
+    with score.answering(model):
         assert not any("forward" in vars(module) for module in model.modules())
     assert generate_answers(model, tokenizer, PROMPTS) == expected
 

@@ -1,6 +1,6 @@
 """Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
 
-from qlora_helpers.score.generate import generate_answers, generation_speed, judging
+from qlora_helpers.score.generate import answering, generate_answers, generation_speed
 from qlora_helpers.score.intervals import bootstrap_interval, paired_interval
 from qlora_helpers.score.judged import (
     Accuracy,

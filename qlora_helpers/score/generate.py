@@ -28,7 +28,7 @@ def _as_trained(model):
 
 
 @contextlib.contextmanager
-def judging(model):
+def answering(model):
     """Set a model to answer; afterwards it is as it was before.
 
     It computes as it was trained, in eval mode and without gradients. bitsandbytes
@@ -123,7 +123,7 @@ def generate_answers(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # little padding
     with (
         tqdm(total=len(ids), desc="answers", disable=not ids) as bar,
-        judging(model),
+        answering(model),
         _only_as_asked(model),
     ):
         for start in range(0, len(ids), batch_size):

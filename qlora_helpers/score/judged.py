@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from qlora_helpers import records as task
 from qlora_helpers.env import check_whole
-from qlora_helpers.score.generate import generate_answers, judging
+from qlora_helpers.score.generate import answering, generate_answers
 from qlora_helpers.score.intervals import bootstrap_interval
 from qlora_helpers.sql import check_databases, extract_sql, judge, run_sql
 
@@ -89,7 +89,7 @@ def ask(question, model, tokenizer, database, *, system) -> Answer:
 
 
 def checked(records) -> list[dict]:
-    """The records as a list, after `records.check` of each."""
+    """The records as a list, after `records.check_record` of each."""
     records = task.as_list(records)
     for row, record in enumerate(records):
         task.check_record(record, row)
@@ -131,7 +131,7 @@ def answer_logits(model, tokenizer, records, *, system):
     with the end token's row. Raises ValueError for a bad record, or for none.
     """
     records, kept = checked(records), []
-    with judging(model):
+    with answering(model):
         for record in records:
             asked = task.prompt(record, tokenizer, system)
             before = len(task.context_ids(asked, tokenizer))
@@ -174,7 +174,7 @@ def perplexity(model, tokenizer, text, block=256):
         raise ValueError(f"expected a text of two tokens or more, got {len(ids)}")
     front = task.leading_ids(tokenizer)
     nll = []
-    with judging(model):
+    with answering(model):
         for start in tqdm(range(0, len(ids) - block, block), desc="perplexity"):
             # block + 1 tokens: the first is context, all others are scored
             piece = torch.tensor([front + ids[start : start + block + 1]])
