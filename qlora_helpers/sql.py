@@ -72,11 +72,8 @@ def extract_sql(text: str) -> str:
     fence = re.search(r"```[a-zA-Z]*\s*\n(.*?)(?:```|\Z)", text, re.S)
     text = (fence.group(1) if fence else text).strip()
     # "You can select ...: SELECT name": a keyword in capitals is the likelier start.
-    start = (
-        re.match(START, text, re.I)
-        or re.search(START, text)
-        or re.search(START, text, re.I)
-    )
+    start = re.match(START, text, re.I) or re.search(START, text)
+    start = start or re.search(START, text, re.I)
     if not start:
         return text
     quoted = text[: start.start()].endswith("`")
@@ -168,8 +165,7 @@ def _same_row(predicted, gold) -> bool:
 
 
 def _same_cell(predicted, gold) -> bool:
-    kinds = {type(predicted), type(gold)}
-    if kinds == {float} or kinds == {int, float}:
+    if {type(predicted), type(gold)} in ({float}, {int, float}):
         return math.isclose(predicted, gold, rel_tol=1e-9, abs_tol=1e-12)
     return predicted == gold
 
@@ -220,12 +216,10 @@ def judge(sql, record, databases) -> Verdict:
         found = run_sql(sql, database)
         if found.error:
             return Verdict(False, f"error: {found.error}")
-        for what, has, needs in (
-            ("columns", found.columns, gold.columns),
-            ("rows", found.rows, gold.rows),
-        ):
-            if len(has) != len(needs):
-                return Verdict(False, f"{len(has)} {what}, not {len(needs)}")
+        for part in ("columns", "rows"):
+            has, needs = len(getattr(found, part)), len(getattr(gold, part))
+            if has != needs:
+                return Verdict(False, f"{has} {part}, not {needs}")
         if not same_result(found.rows, gold.rows, record.get("ordered")):
             any_order = same_result(found.rows, gold.rows, ordered=False)
             return Verdict(False, "wrong order" if any_order else "other values")

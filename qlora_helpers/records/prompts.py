@@ -41,14 +41,11 @@ def alpaca_layout(record: dict, system: str | None = None) -> str:
     The system message, if there is one, comes before it.
     Source: Stanford Alpaca's prompt without its preamble.
     """
-    extra = (record.get("input") or "").strip()
-    parts = [
-        _system_of(record, system),
-        f"### Instruction:\n{record['instruction']}",
-        f"### Input:\n{extra}" if extra else None,
-        "### Response:\n",
-    ]
-    return "\n\n".join(part for part in parts if part)
+    system, extra = _system_of(record, system), _input_of(record)
+    start = f"{system}\n\n" if system else ""
+    middle = f"### Input:\n{extra}\n\n" if extra else ""
+    question = f"### Instruction:\n{record['instruction']}\n\n"
+    return f"{start}{question}{middle}### Response:\n"
 
 
 def messages(record: dict, system: str | None) -> list[dict]:
@@ -56,17 +53,20 @@ def messages(record: dict, system: str | None) -> list[dict]:
 
     Without one, SmolLM2's template adds a system message of its own.
     """
-    system = _system_of(record, system)
+    system, extra = _system_of(record, system), _input_of(record)
     start = [{"role": "system", "content": system}] if system else []
-    extra = (record.get("input") or "").strip()
     question = record["instruction"] + (f"\n\n{extra}" if extra else "")
     return [*start, {"role": "user", "content": question}]
+
+
+def _input_of(record: dict) -> str:
+    return (record.get("input") or "").strip()
 
 
 def _system_of(record: dict, system: str | None) -> str | None:
     """A record's own system message, else `system`; white space counts as none."""
     for text in (record.get("system"), system):
-        if text is not None and not isinstance(text, str):
+        if not isinstance(text, str | None):
             raise ValueError(
                 f"system is {reprlib.repr(text)} ({type(text).__name__}): give the "
                 "system message as text, or None"
@@ -91,9 +91,9 @@ def _render(chat: list[dict], tokenizer, ask: bool) -> str:
     parts = {"system": "system message", "user": "question", "assistant": "output"}
     for message in chat:
         if message["content"].strip() not in text:
-            other = "use a template that writes each text as it is"
-            repair = NO_SYSTEM if message["role"] == "system" else other
-            part = parts[message["role"]]
+            part, repair = parts[message["role"]], "use a template that keeps each text"
+            if message["role"] == "system":
+                repair = NO_SYSTEM
             raise ValueError(
                 f"the chat template leaves out or changes the {part}: {repair}"
             )
@@ -134,11 +134,10 @@ def to_prompt_completion(
     a row that is cut teaches the model to stop early; another names unused columns.
 
     Raises ValueError, naming the row, for a record that cannot be trained on or whose
-    prompt's tokens in training differ from those when it is asked, and if no record is
-    left.
+    prompt has other tokens in training than when it is asked, and if no record is left.
     """
-    bare, end = not tokenizer.chat_template, tokenizer.eos_token
-    if bare and not end:
+    templated, end = bool(tokenizer.chat_template), tokenizer.eos_token
+    if not templated and not end:
         raise ValueError(
             "the tokenizer has neither a chat template nor an end token: set "
             "tokenizer.eos_token to the token at which answers end"
@@ -150,7 +149,9 @@ def to_prompt_completion(
         check_record(record, number)
         unused |= {str(name) for name in set(record) - KNOWN}
         asked, output = prompt(record, tokenizer, system), record["output"]
-        if end and end in (output.removesuffix(end) if bare else output):
+        # Without a template, one end token at the end does not count: TRL wants one.
+        inner = output if templated else output.removesuffix(end)
+        if end and end in inner:
             raise ValueError(
                 f"row {number}: output holds the end token {end!r}, so the model would "
                 "learn to stop there: remove it; it is added at the end by itself"
@@ -165,11 +166,11 @@ def to_prompt_completion(
             )
         if max_length is not None and len(ids) > max_length:
             too_long.append(number)
-        elif bare:
-            rows.append({"prompt": asked, "completion": output})
-        else:
+        elif templated:
             answer = [{"role": "assistant", "content": output}]
             rows.append({"prompt": messages(record, system), "completion": answer})
+        else:
+            rows.append({"prompt": asked, "completion": output})
     if unused:
         warnings.warn(
             f"these columns are not used: {', '.join(sorted(unused))} (only "
