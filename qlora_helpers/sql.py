@@ -81,8 +81,8 @@ def extract_sql(text: str) -> str:
     if quoted:
         text = text.partition("`")[0]
     if not fence:  # a blank line ends it, unless the query goes on below
-        clauses = CLAUSES + ("|SELECT" if start.group()[0] in "Ww" else "")
-        goes_on = rf"\s*(?:{clauses}|{clauses.lower()})\b"
+        more = f"{CLAUSES}|SELECT" if start.group().upper() != "SELECT" else CLAUSES
+        goes_on = rf"\s*(?:{more}|{more.lower()})\b"
         text = re.split(rf"\n\s*\n(?!{goes_on})", text)[0]
     ends = (token.start() for token in TOKEN.finditer(text) if token.group() == ";")
     return text[: next(ends, None)].strip()

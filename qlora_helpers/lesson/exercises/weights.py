@@ -85,10 +85,11 @@ def check_adapter_gradients(adapter_gradients) -> bool:
     for rows, width, out, r in ((5, 7, 3, 2), (16, 24, 40, 4)):
         shapes = ((rows, width), (r, width), (out, r), (rows, out))
         x, A, B, grad = _random(*shapes, seed=rows)
-        trained = (A.clone().requires_grad_(), B.clone().requires_grad_())
-        y = 0.5 * (x @ trained[0].T) @ trained[1].T
-        expected = torch.autograd.grad(y, trained, grad)
-        cases.append(((x, A, B, 0.5, grad), expected))
+        A.requires_grad_()
+        B.requires_grad_()
+        y = 0.5 * (x @ A.T) @ B.T
+        expected = torch.autograd.grad(y, (A, B), grad)
+        cases.append(((x, A.detach(), B.detach(), 0.5, grad), expected))
     return try_out("exercise 03.2", adapter_gradients, cases, near)
 
 
