@@ -12,7 +12,7 @@ from matplotlib.container import BarContainer
 from PIL import Image
 
 # Each has 3:1 contrast on white, and its own dash (lines) and marker
-# (points: marker=plots.MARKERS[i]), so that colour never says it alone.
+# (points: marker=plots.MARKERS[i]), so that colour is never the only difference.
 COLOURS = ("#0063A6", "#C2410C", "#00795C", "#A3268C", "#7A6000", "#4D4D4D")
 DASHES = (
     "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (4, 1.5)), (0, (1, 1))
@@ -41,7 +41,7 @@ def figure(rows=1, columns=1, size=(6.4, 3.4)):
 
     `size` is (width, height) in inches; 6.4 is the width of a text column.
     """
-    matplotlib.rcParams.update(STYLE)  # for good: lines and titles come later
+    matplotlib.rcParams.update(STYLE)  # for all that follows: lines come later
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     plt.close(fig)  # so that only show() displays it
     return fig, axes

@@ -27,8 +27,8 @@ def base_of(folder) -> dict:
     if "tensors_sha256" not in note:
         raise ValueError(
             f"the adapter in {folder} was not saved by save_adapter (it has no {NOTE} "
-            f"with a hash of its base): put it on its base, which its config calls "
-            f"{named!r}, with PeftModel.from_pretrained, and save it with save_adapter"
+            f"with a hash of its base): load it onto its base {named!r} with "
+            "PeftModel.from_pretrained, and save it with save_adapter"
         )
     return note
 
@@ -36,8 +36,7 @@ def base_of(folder) -> dict:
 def _config(folder: Path) -> dict:
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(
-            f"{folder} lacks {CONFIG}, so it is not an adapter: give a folder that "
-            "save_adapter wrote"
+            f"{folder} lacks {CONFIG}: it is not an adapter that save_adapter wrote"
         )
     return read_json(folder / CONFIG, "peft_type")
 
@@ -85,12 +84,12 @@ def check_adapter(folder, base: dict, quantization=None) -> set[str]:
             here[key] = getattr(quantization, key, None)
     for key in there:
         if there[key] != here[key]:
-            also = f", quantized as {NOTE} says" if key in QUANTIZED else ""
+            quantized = f", quantized as {NOTE} says" if key in QUANTIZED else ""
             raise ValueError(
                 f"the adapter in {folder} was trained on another base: {key} is "
                 f"{there[key]!r} in its {NOTE} and {here[key]!r} in the given base: "
                 f"load {trained_on['name']!r}, revision {trained_on.get('revision')}"
-                f"{also}"
+                f"{quantized}"
             )
     return names
 
@@ -136,7 +135,6 @@ def check_rows(folder: Path, of_base: int, of_model: int) -> None:
     if needed > of_base and saved_rows(folder) < needed:
         raise ValueError(
             f"the base has rows for {of_base:,} tokens, but {needed:,} are needed, and "
-            "the adapter does not hold the rows of the added tokens, which would be "
-            "lost: train without added tokens, or with LoraConfig(modules_to_save="
-            "['embed_tokens', 'lm_head'])"
+            "those that the adapter lacks would be lost: train without added tokens, "
+            "or with LoraConfig(modules_to_save=['embed_tokens', 'lm_head'])"
         )

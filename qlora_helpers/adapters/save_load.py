@@ -24,8 +24,8 @@ def save_adapter(model, tokenizer, folder, base: dict) -> Path:
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
-            f"the model is a {type(model).__name__} without an adapter: give a model "
-            "that get_peft_model or load_adapter returned"
+            f"the model is a {type(model).__name__} without an adapter: give what "
+            "get_peft_model or load_adapter returned"
         )
     if said := nested(model):
         raise ValueError(said)
@@ -74,14 +74,14 @@ def load_adapter(
     `base`: `models.base_identity` of the model's base. A model with adapters gets this
     one as `name`, not active. `trainable`: True to train it further.
 
-    Raises FileNotFoundError or ValueError for a folder that holds no whole adapter or
-    a pickle, and for an adapter of another base, which PEFT would load without a
-    warning; RuntimeError, PEFT's, for a tensor whose shape the config contradicts.
+    Raises FileNotFoundError or ValueError for a folder that holds no whole adapter, a
+    pickle, or an adapter of another base, which PEFT would load without a warning, and
+    PEFT's RuntimeError for a tensor whose shape the config contradicts.
     """
     folder = Path(folder).expanduser()
     quantization = getattr(model.config, "quantization_config", None)
     saved = checks.check_adapter(folder, base, quantization)
-    given, has_adapters = model, isinstance(model, PeftModel)
+    has_adapters = isinstance(model, PeftModel)
     if has_adapters:  # PEFT would keep the older adapter's alpha
         taken = name in model.peft_config
     else:
@@ -89,28 +89,28 @@ def load_adapter(
     if taken:
         raise ValueError(
             f"the model already has an adapter in the place of {name!r}: give its "
-            "PeftModel and another name, remove the old adapter with "
-            "model.delete_adapter(name), or load the base again"
+            "PeftModel and another name, or load the base again"
         )
     have = model.get_input_embeddings().weight.shape[0]
     rows = checks.saved_rows(folder)
     if rows in (0, have) or has_adapters:
         checks.check_rows(folder, have, have)
-    else:
+    else:  # the adapter brings the rows of added tokens
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         if has_adapters:
+            loaded = model
             model.load_adapter(folder, name, is_trainable=trainable)
         else:
-            model = PeftModel.from_pretrained(model, folder, name, trainable)
-        checks.check_whole(folder, saved, set(_tensors(model, name)))
+            loaded = PeftModel.from_pretrained(model, folder, name, trainable)
+        checks.check_whole(folder, saved, set(_tensors(loaded, name)))
     except BaseException:  # what was added would be in the way of the right one
         if not has_adapters:
-            _strip(given)
-        elif name in given.peft_config:
-            given.delete_adapter(name)
+            _strip(model)
+        elif name in model.peft_config:
+            model.delete_adapter(name)
         raise
-    return model
+    return loaded
 
 
 def _tensors(model, name: str) -> dict:

@@ -95,8 +95,9 @@ def as_list(records) -> list[dict]:
 
     records: a list, a Dataset or another iterable of dicts.
     """
-    a_table = isinstance(records, str | dict) or hasattr(records, "iterrows")
-    if a_table or not hasattr(records, "__iter__"):
+    # These can be iterated over, but give letters or the names of columns.
+    no_rows = isinstance(records, str | dict) or hasattr(records, "iterrows")
+    if no_rows or not hasattr(records, "__iter__"):
         raise ValueError(
             f"records is a {type(records).__name__}: give a list of dicts, one for "
             "each record, such as records['train'] of a DatasetDict, "

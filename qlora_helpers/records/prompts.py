@@ -130,8 +130,8 @@ def to_prompt_completion(
     records: a list of dicts or a Dataset with Alpaca's columns. system: the system
     message of every record that has none in a column `system`, or None. With a chat
     template both columns hold messages; else they hold text, and TRL adds the end
-    token. A warning names records over `max_length` tokens, which are left out because
-    a row that is cut teaches the model to stop early; another names unused columns.
+    token. Records over `max_length` tokens are left out with a warning, because a row
+    that is cut teaches the model to stop early. Another warning names unused columns.
 
     Raises ValueError, naming the row, for a record that cannot be trained on or whose
     prompt has other tokens in training than when it is asked, and if no record is left.
