@@ -208,10 +208,11 @@ def judge(sql, record, databases) -> Verdict:
     """
     check_databases(databases)
     golds = [run_sql(record["output"], database) for database in databases]
-    broken = next((gold.error for gold in golds if gold.error), None)
-    if broken or not any(gold.rows for gold in golds):
-        what = broken or "no rows in any database, so that an empty answer would do"
-        raise ValueError(f"{record['output']!r} cannot judge: {what}; fix the record")
+    fault = next((gold.error for gold in golds if gold.error), None)
+    if not fault and not any(gold.rows for gold in golds):
+        fault = "no rows in any database, so that an empty answer would do"
+    if fault:
+        raise ValueError(f"{record['output']!r} cannot judge: {fault}; fix the record")
     for gold, database in zip(golds, databases, strict=True):
         found = run_sql(sql, database)
         if found.error:

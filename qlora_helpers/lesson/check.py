@@ -119,9 +119,8 @@ def _tell(id, text, **row) -> None:
 
 
 def _number(id, name, value) -> int | float:
-    number = value
-    if hasattr(value, "shape"):  # of torch or numpy
-        number = value.item() if math.prod(value.shape) == 1 else None
+    of_one = hasattr(value, "shape") and math.prod(value.shape) == 1  # torch or numpy
+    number = value.item() if of_one else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         blank = ", or ... for no guess yet" if name == "predicted" else ""
         raise TypeError(

@@ -88,15 +88,16 @@ def _render(chat: list[dict], tokenizer, ask: bool) -> str:
         raise ValueError(
             f"the chat template refuses the system message ({error}): {NO_SYSTEM}"
         ) from None
-    parts = {"system": "system message", "user": "question", "assistant": "output"}
+    another = "use a template that writes each text as it is"
+    repairs = {
+        "system": f"system message: {NO_SYSTEM}",
+        "user": f"question: {another}",
+        "assistant": f"output: {another}",
+    }
     for message in chat:
         if message["content"].strip() not in text:
-            part, repair = parts[message["role"]], "use a template that keeps each text"
-            if message["role"] == "system":
-                repair = NO_SYSTEM
-            raise ValueError(
-                f"the chat template leaves out or changes the {part}: {repair}"
-            )
+            lost = repairs[message["role"]]
+            raise ValueError(f"the chat template leaves out or changes the {lost}")
     return text
 
 
