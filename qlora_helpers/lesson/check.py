@@ -92,11 +92,10 @@ def say(text) -> None:
 
 def journal_file() -> pathlib.Path | None:
     """The file that the comparisons go to; None if no journal is kept."""
-    moved = os.environ.get("QLORA_JOURNAL")
-    if moved is not None:
-        return pathlib.Path(moved) if moved else None
     # installed as a package, there is no course around it to keep a journal in
-    return JOURNAL if (env.ROOT / "notebooks").is_dir() else None
+    usual = JOURNAL if (env.ROOT / "notebooks").is_dir() else ""
+    file = os.environ.get("QLORA_JOURNAL", usual)
+    return pathlib.Path(file) if file else None
 
 
 def _tell(id, text, **row) -> None:
@@ -107,8 +106,7 @@ def _tell(id, text, **row) -> None:
             'lower case, such as "02.bits"'
         )
     print(f"{id}: {text}")
-    file = journal_file()
-    if file is None:
+    if not (file := journal_file()):
         return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     line = json.dumps({"time": now, "id": id, **row}, ensure_ascii=False)

@@ -41,11 +41,12 @@ def alpaca_layout(record: dict, system: str | None = None) -> str:
     The system message, if there is one, comes before it.
     Source: Stanford Alpaca's prompt without its preamble.
     """
-    system, extra = _system_of(record, system), _input_of(record)
-    start = f"{system}\n\n" if system else ""
-    middle = f"### Input:\n{extra}\n\n" if extra else ""
-    question = f"### Instruction:\n{record['instruction']}\n\n"
-    return f"{start}{question}{middle}### Response:\n"
+    system = _system_of(record, system)
+    extra = (record.get("input") or "").strip()
+    text = f"{system}\n\n" if system else ""
+    text += f"### Instruction:\n{record['instruction']}\n\n"
+    text += f"### Input:\n{extra}\n\n" if extra else ""
+    return f"{text}### Response:\n"
 
 
 def messages(record: dict, system: str | None) -> list[dict]:
@@ -53,14 +54,11 @@ def messages(record: dict, system: str | None) -> list[dict]:
 
     Without one, SmolLM2's template adds a system message of its own.
     """
-    system, extra = _system_of(record, system), _input_of(record)
+    system = _system_of(record, system)
+    extra = (record.get("input") or "").strip()
     start = [{"role": "system", "content": system}] if system else []
     question = record["instruction"] + (f"\n\n{extra}" if extra else "")
     return [*start, {"role": "user", "content": question}]
-
-
-def _input_of(record: dict) -> str:
-    return (record.get("input") or "").strip()
 
 
 def _system_of(record: dict, system: str | None) -> str | None:
@@ -149,7 +147,7 @@ def to_prompt_completion(
     for number, record in enumerate(as_list(records)):
         check_record(record, number)
         unused |= {str(name) for name in set(record) - KNOWN}
-        asked, output = prompt(record, tokenizer, system), record["output"]
+        output = record["output"]
         # Without a template, one end token at the end does not count: TRL wants one.
         inner = output if templated else output.removesuffix(end)
         if end and end in inner:
@@ -157,6 +155,7 @@ def to_prompt_completion(
                 f"row {number}: output holds the end token {end!r}, so the model would "
                 "learn to stop there: remove it; it is added at the end by itself"
             )
+        asked = prompt(record, tokenizer, system)
         ids = whole_ids(record, tokenizer, system)
         context = context_ids(asked, tokenizer)
         if ids[: len(context)] != context:
