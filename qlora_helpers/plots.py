@@ -8,10 +8,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 from IPython import display
 from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.container import BarContainer
 from PIL import Image
 
 # Each has 3:1 contrast on white, and its own dash (lines) and marker
-# (points: marker=plots.MARKERS[i]), so that colour never says it alone.
+# (points: marker=plots.MARKERS[i]), so that colour is never the only difference.
 COLOURS = ("#0063A6", "#C2410C", "#00795C", "#A3268C", "#7A6000", "#4D4D4D")
 DASHES = (
     "-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (4, 1.5)), (0, (1, 1))
@@ -40,7 +41,7 @@ def figure(rows=1, columns=1, size=(6.4, 3.4)):
 
     `size` is (width, height) in inches; 6.4 is the width of a text column.
     """
-    matplotlib.rcParams.update(STYLE)  # for good: lines and titles come later
+    matplotlib.rcParams.update(STYLE)  # for all that follows: lines come later
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     plt.close(fig)  # so that only show() displays it
     return fig, axes
@@ -52,19 +53,18 @@ def label_ends(ax) -> None:
     Call it last, because the axes' limits must be final.
     """
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
-    points = 72 / ax.figure.dpi  # of one pixel
 
-    def height(line):
-        return ax.transData.transform(line.get_xydata()[-1])[1] * points
+    def height(line):  # of its right end, in points
+        pixels = ax.transData.transform(line.get_xydata()[-1])[1]
+        return pixels * 72 / ax.figure.dpi
 
     lines.sort(key=height)
     heights = [height(line) for line in lines]
-    for _ in range(100):  # those that overlap move apart, both by as much
+    for _ in range(100):  # labels that overlap move apart, both by as much
         for upper in range(1, len(heights)):
-            overlap = heights[upper - 1] + GAP - heights[upper]
-            if overlap > 0:
-                heights[upper - 1] -= overlap / 2
-                heights[upper] += overlap / 2
+            overlap = max(0, heights[upper - 1] + GAP - heights[upper])
+            heights[upper - 1] -= overlap / 2
+            heights[upper] += overlap / 2
     for line, wanted in zip(lines, heights, strict=True):
         ax.annotate(
             line.get_label(),
@@ -84,8 +84,7 @@ def show(fig, alt) -> None:
     axis whose label ends in no unit, such as "loss (nat per token)" or "layer (no
     unit)", or bars that do not start from zero.
     """
-    redraw(fig, alt)
-    if not InteractiveShell.initialized():  # a script shows no picture
+    if redraw(fig, alt) is None:  # a script shows no picture
         print(f"Figure: {alt}")
 
 
@@ -94,9 +93,7 @@ def redraw(fig, alt, handle=None):
 
     Returns the handle for the next call, in a script None. Raises as `show` does.
     """
-    if not isinstance(alt, str) or len(alt.split()) < 4:
-        raise ValueError(f"alt is {alt!r}: say in a sentence what the figure shows")
-    _check(fig)
+    _check(fig, alt)
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, dpi=DPI, bbox_inches="tight")
     plt.close(fig)
@@ -114,7 +111,9 @@ def redraw(fig, alt, handle=None):
     return handle
 
 
-def _check(fig) -> None:
+def _check(fig, alt) -> None:
+    if len(str(alt).split()) < 4:
+        raise ValueError(f"alt is {alt!r}: say in a sentence what the figure shows")
     fig.canvas.draw()  # tick labels exist only once they are drawn
     titles = [ax.get_title(where) for ax in fig.axes for where in ("left", "center")]
     if not any(titles) and not fig.get_suptitle():
@@ -124,18 +123,20 @@ def _check(fig) -> None:
             continue
         for axis in (ax.xaxis, ax.yaxis):
             ticks = axis.get_ticklabels() if axis.get_visible() else ()
-            read = any(tick.get_visible() and tick.get_text() for tick in ticks)
+            labelled = any(tick.get_visible() and tick.get_text() for tick in ticks)
             label = axis.get_label_text()
-            if read and not re.search(r"\([^()]+\)$", label.strip()):
+            if labelled and not re.search(r"\([^()]+\)$", label.strip()):
                 raise ValueError(
                     f"the {axis.axis_name} axis is labelled {label!r}: end it with its "
                     'unit, such as "loss (nat per token)" or "layer (no unit)"'
                 )
         for bars in ax.containers:
-            upright = getattr(bars, "orientation", None)  # whiskers have none
-            ends = ax.get_ylim() if upright == "vertical" else ax.get_xlim()
-            if upright and not min(ends) <= 0 <= max(ends):
+            if not isinstance(bars, BarContainer):  # whiskers may start anywhere
+                continue
+            upright = bars.orientation == "vertical"
+            low, high = sorted(ax.get_ylim() if upright else ax.get_xlim())
+            if not low <= 0 <= high:
                 raise ValueError(
-                    f"bars are drawn from {min(ends):g}: let their axis start from "
-                    "zero, because a bar's length is its value, or draw points"
+                    f"bars are drawn from {low:g}: let their axis start from zero, "
+                    "because a bar's length is its value, or draw points"
                 )

@@ -72,11 +72,8 @@ def extract_sql(text: str) -> str:
     fence = re.search(r"```[a-zA-Z]*\s*\n(.*?)(?:```|\Z)", text, re.S)
     text = (fence.group(1) if fence else text).strip()
     # "You can select ...: SELECT name": a keyword in capitals is the likelier start.
-    start = (
-        re.match(START, text, re.I)
-        or re.search(START, text)
-        or re.search(START, text, re.I)
-    )
+    start = re.match(START, text, re.I) or re.search(START, text)
+    start = start or re.search(START, text, re.I)
     if not start:
         return text
     quoted = text[: start.start()].endswith("`")
@@ -84,8 +81,8 @@ def extract_sql(text: str) -> str:
     if quoted:
         text = text.partition("`")[0]
     if not fence:  # a blank line ends it, unless the query goes on below
-        clauses = CLAUSES + ("|SELECT" if start.group()[0] in "Ww" else "")
-        goes_on = rf"\s*(?:{clauses}|{clauses.lower()})\b"
+        more = f"{CLAUSES}|SELECT" if start.group().upper() != "SELECT" else CLAUSES
+        goes_on = rf"\s*(?:{more}|{more.lower()})\b"
         text = re.split(rf"\n\s*\n(?!{goes_on})", text)[0]
     ends = (token.start() for token in TOKEN.finditer(text) if token.group() == ";")
     return text[: next(ends, None)].strip()
@@ -168,8 +165,7 @@ def _same_row(predicted, gold) -> bool:
 
 
 def _same_cell(predicted, gold) -> bool:
-    kinds = {type(predicted), type(gold)}
-    if kinds == {float} or kinds == {int, float}:
+    if {type(predicted), type(gold)} in ({float}, {int, float}):
         return math.isclose(predicted, gold, rel_tol=1e-9, abs_tol=1e-12)
     return predicted == gold
 
@@ -212,20 +208,19 @@ def judge(sql, record, databases) -> Verdict:
     """
     check_databases(databases)
     golds = [run_sql(record["output"], database) for database in databases]
-    broken = next((gold.error for gold in golds if gold.error), None)
-    if broken or not any(gold.rows for gold in golds):
-        what = broken or "no rows in any database, so that an empty answer would do"
-        raise ValueError(f"{record['output']!r} cannot judge: {what}; fix the record")
+    fault = next((gold.error for gold in golds if gold.error), None)
+    if not fault and not any(gold.rows for gold in golds):
+        fault = "no rows in any database, so that an empty answer would do"
+    if fault:
+        raise ValueError(f"{record['output']!r} cannot judge: {fault}; fix the record")
     for gold, database in zip(golds, databases, strict=True):
         found = run_sql(sql, database)
         if found.error:
             return Verdict(False, f"error: {found.error}")
-        for what, has, needs in (
-            ("columns", found.columns, gold.columns),
-            ("rows", found.rows, gold.rows),
-        ):
-            if len(has) != len(needs):
-                return Verdict(False, f"{len(has)} {what}, not {len(needs)}")
+        for part in ("columns", "rows"):
+            has, needs = len(getattr(found, part)), len(getattr(gold, part))
+            if has != needs:
+                return Verdict(False, f"{has} {part}, not {needs}")
         if not same_result(found.rows, gold.rows, record.get("ordered")):
             any_order = same_result(found.rows, gold.rows, ordered=False)
             return Verdict(False, "wrong order" if any_order else "other values")

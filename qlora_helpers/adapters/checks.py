@@ -4,13 +4,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qlora_helpers.model_files import open_weights, read_json
+from qlora_helpers.model_files import headers, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 NOTE = "base.json"  # says what the adapter was trained on
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-# of a BitsAndBytesConfig: must be equal
+# What must be equal in two BitsAndBytesConfigs. The compute dtype may differ.
 QUANTIZED = "load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant"
 ROWS = (".embed_tokens.weight", ".lm_head.weight")  # they have a row for each token
 
@@ -27,8 +27,8 @@ def base_of(folder) -> dict:
     if "tensors_sha256" not in note:
         raise ValueError(
             f"the adapter in {folder} was not saved by save_adapter (it has no {NOTE} "
-            f"with a hash of its base): put it on its base, which its config calls "
-            f"{named!r}, with PeftModel.from_pretrained, and save it with save_adapter"
+            f"with a hash of its base): load it onto its base {named!r} with "
+            "PeftModel.from_pretrained, and save it with save_adapter"
         )
     return note
 
@@ -36,8 +36,7 @@ def base_of(folder) -> dict:
 def _config(folder: Path) -> dict:
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(
-            f"{folder} lacks {CONFIG}, so it is not an adapter: give a folder that "
-            "save_adapter wrote"
+            f"{folder} lacks {CONFIG}: it is not an adapter that save_adapter wrote"
         )
     return read_json(folder / CONFIG, "peft_type")
 
@@ -56,8 +55,7 @@ def tensor_names(folder: Path) -> set[str]:
                 f"not opened; ask its author for {WEIGHTS}"
             )
         raise FileNotFoundError(f"{folder} lacks {WEIGHTS}: copy the adapter again")
-    with open_weights(folder / WEIGHTS) as opened:
-        return set(opened.keys())
+    return {name for name, *_ in headers([folder / WEIGHTS])}
 
 
 def check_identity(base) -> None:
@@ -77,20 +75,20 @@ def check_adapter(folder, base: dict, quantization=None) -> set[str]:
     check_identity(base)
     trained_on = base_of(folder)
     names = tensor_names(folder)
-    compared = {
-        "tensors_sha256": (trained_on["tensors_sha256"], base["tensors_sha256"])
-    }
+    there = {"tensors_sha256": trained_on["tensors_sha256"]}
+    here = {"tensors_sha256": base["tensors_sha256"]}
     if quantization is not None and trained_on.get("quantization"):
         saved = BitsAndBytesConfig(**trained_on["quantization"])  # adds the defaults
         for key in QUANTIZED.split():
-            compared[key] = getattr(saved, key), getattr(quantization, key, None)
-    for key, (there, here) in compared.items():
-        if there != here:
+            there[key] = getattr(saved, key)
+            here[key] = getattr(quantization, key, None)
+    for key in there:
+        if there[key] != here[key]:
             quantized = f", quantized as {NOTE} says" if key in QUANTIZED else ""
             raise ValueError(
                 f"the adapter in {folder} was trained on another base: {key} is "
-                f"{there!r} in its {NOTE} and {here!r} in the given base: load "
-                f"{trained_on['name']!r}, revision {trained_on.get('revision')}"
+                f"{there[key]!r} in its {NOTE} and {here[key]!r} in the given base: "
+                f"load {trained_on['name']!r}, revision {trained_on.get('revision')}"
                 f"{quantized}"
             )
     return names
@@ -123,19 +121,20 @@ def token_rows(folder) -> int:
 
 def saved_rows(folder: Path) -> int:
     """The rows for tokens that an adapter holds, both in and out; 0 if it has none."""
-    with open_weights(folder / WEIGHTS) as opened:
-        names = [name for name in opened.keys() if name.endswith(ROWS)]  # noqa: SIM118
-        rows = [opened.get_slice(name).get_shape()[0] for name in names]
+    shapes = {name: shape for name, _, shape, _ in headers([folder / WEIGHTS])}
+    rows = [shapes[name][0] for name in shapes if name.endswith(ROWS)]
     return min(rows) if len(rows) == len(ROWS) else 0
 
 
 def check_rows(folder: Path, of_base: int, of_model: int) -> None:
-    """Raise ValueError if the adapter's file lacks the rows of added tokens."""
+    """Raise ValueError if the adapter's file lacks the rows of added tokens.
+
+    of_base: the rows of the base as it came. of_model: those of the model now.
+    """
     needed = max(token_rows(folder), of_model)
     if needed > of_base and saved_rows(folder) < needed:
         raise ValueError(
             f"the base has rows for {of_base:,} tokens, but {needed:,} are needed, and "
-            "the adapter does not hold the rows of the added tokens, which would be "
-            "lost: train without added tokens, or with LoraConfig(modules_to_save="
-            "['embed_tokens', 'lm_head'])"
+            "those that the adapter lacks would be lost: train without added tokens, "
+            "or with LoraConfig(modules_to_save=['embed_tokens', 'lm_head'])"
         )

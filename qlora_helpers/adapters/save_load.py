@@ -9,15 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 
 from qlora_helpers import card, folders
-from qlora_helpers.adapters.checks import (
-    NOTE,
-    WEIGHTS,
-    check_adapter,
-    check_identity,
-    check_rows,
-    check_whole,
-    saved_rows,
-)
+from qlora_helpers.adapters import checks
 from qlora_helpers.models.load import nested
 
 
@@ -32,8 +24,8 @@ def save_adapter(model, tokenizer, folder, base: dict) -> Path:
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
-            f"the model is a {type(model).__name__} without an adapter: give a model "
-            "that get_peft_model or load_adapter returned"
+            f"the model is a {type(model).__name__} without an adapter: give what "
+            "get_peft_model or load_adapter returned"
         )
     if said := nested(model):
         raise ValueError(said)
@@ -43,14 +35,11 @@ def save_adapter(model, tokenizer, folder, base: dict) -> Path:
             "one adapter: choose it with model.set_adapter(name)"
         )
     [name] = model.active_adapters
-    check_identity(base)
+    checks.check_identity(base)
     quantization = getattr(model.config, "quantization_config", None)
     note = dict(base, quantization=quantization and quantization.to_diff_dict())
-    with folders.written_whole(folder, NOTE, note, {}) as made:
-        # "auto" would look up the base's vocabulary on the Hub; `check_rows` is better
-        tensors = get_peft_model_state_dict(
-            model, adapter_name=name, save_embedding_layers=False
-        )
+    with folders.written_whole(folder, checks.NOTE, note, {}) as made:
+        tensors = _tensors(model, name)
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(
@@ -58,7 +47,7 @@ def save_adapter(model, tokenizer, folder, base: dict) -> Path:
                     "train again with half the learning_rate"
                 )
             tensors[key] = tensor.contiguous().clone()  # or they could share memory
-        save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, made / checks.WEIGHTS, metadata={"format": "pt"})
         config = copy.copy(model.peft_config[name])
         config.base_model_name_or_path = base["name"]
         config.revision = base["revision"]
@@ -67,14 +56,14 @@ def save_adapter(model, tokenizer, folder, base: dict) -> Path:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         rows = model.get_input_embeddings().weight.shape[0]
-        check_rows(made, base.get("rows") or rows, rows)
+        checks.check_rows(made, base.get("rows") or rows, rows)
         card.write_adapter_card(made, base)
     return Path(folder).expanduser()
 
 
 def check_place(folder) -> None:
     """Raise what `save_adapter` would raise if it may not write to `folder`."""
-    folders.check_out(folder, NOTE, {})
+    folders.check_out(folder, checks.NOTE, {})
 
 
 def load_adapter(
@@ -85,14 +74,14 @@ def load_adapter(
     `base`: `models.base_identity` of the model's base. A model with adapters gets this
     one as `name`, not active. `trainable`: True to train it further.
 
-    Raises FileNotFoundError or ValueError for a folder that holds no whole adapter or
-    a pickle, and for an adapter of another base, which PEFT would load without a
-    warning; RuntimeError, PEFT's, for a tensor whose shape the config contradicts.
+    Raises FileNotFoundError or ValueError for a folder that holds no whole adapter, a
+    pickle, or an adapter of another base, which PEFT would load without a warning, and
+    PEFT's RuntimeError for a tensor whose shape the config contradicts.
     """
     folder = Path(folder).expanduser()
     quantization = getattr(model.config, "quantization_config", None)
-    saved = check_adapter(folder, base, quantization)
-    given, has_adapters = model, isinstance(model, PeftModel)
+    saved = checks.check_adapter(folder, base, quantization)
+    has_adapters = isinstance(model, PeftModel)
     if has_adapters:  # PEFT would keep the older adapter's alpha
         taken = name in model.peft_config
     else:
@@ -100,32 +89,36 @@ def load_adapter(
     if taken:
         raise ValueError(
             f"the model already has an adapter in the place of {name!r}: give its "
-            "PeftModel and another name, remove the old adapter with "
-            "model.delete_adapter(name), or load the base again"
+            "PeftModel and another name, or load the base again"
         )
-    have, rows = model.get_input_embeddings().weight.shape[0], saved_rows(folder)
+    have = model.get_input_embeddings().weight.shape[0]
+    rows = checks.saved_rows(folder)
     if rows in (0, have) or has_adapters:
-        check_rows(folder, have, have)
-    else:
+        checks.check_rows(folder, have, have)
+    else:  # the adapter brings the rows of added tokens
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         if has_adapters:
+            loaded = model
             model.load_adapter(folder, name, is_trainable=trainable)
         else:
-            model = PeftModel.from_pretrained(
-                model, folder, adapter_name=name, is_trainable=trainable
-            )
-        wanted = get_peft_model_state_dict(
-            model, adapter_name=name, save_embedding_layers=False
-        )
-        check_whole(folder, saved, set(wanted))
+            loaded = PeftModel.from_pretrained(model, folder, name, trainable)
+        checks.check_whole(folder, saved, set(_tensors(loaded, name)))
     except BaseException:  # what was added would be in the way of the right one
         if not has_adapters:
-            _strip(given)
-        elif name in given.peft_config:
-            given.delete_adapter(name)
+            _strip(model)
+        elif name in model.peft_config:
+            model.delete_adapter(name)
         raise
-    return model
+    return loaded
+
+
+def _tensors(model, name: str) -> dict:
+    """An adapter's tensors, by the names that PEFT gives them in a file."""
+    # "auto" would look up the base's vocabulary on the Hub; `check_rows` is better
+    return get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )
 
 
 def _strip(base) -> None:

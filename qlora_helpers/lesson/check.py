@@ -1,5 +1,6 @@
 """Predictions and claims: each meets its measurement on one printed line."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -7,6 +8,8 @@ import os
 import pathlib
 import re
 import string
+
+from IPython import display, get_ipython
 
 from qlora_helpers import env
 
@@ -24,11 +27,11 @@ def compare(id, predicted, measured, unit="", digits=3, by="measured") -> None:
     Raises ValueError for an id that is not like "02.bits", TypeError for no number.
     """
     measured = _number(id, "measured", measured)
-    guess = None if predicted is ... else _number(id, "predicted", predicted)
     shown = f"{by} {_text(measured, digits)} {unit}".rstrip()
-    if guess is None:
-        line = f"no prediction yet, {shown}"
+    if predicted is ...:
+        guess, line = None, f"no prediction yet, {shown}"
     else:
+        guess = _number(id, "predicted", predicted)
         given = f"predicted {_text(guess, digits)} {unit}".rstrip()
         ratio = f"ratio {_text(guess / measured, digits)}" if measured else "no ratio"
         line = f"{given}, {shown}, {ratio}"
@@ -45,16 +48,16 @@ def choose(id, predicted, answer, options, by="measurement") -> None:
     Raises ValueError for an id that is not like "02.saves", or for another letter.
     """
     texts = dict(zip(string.ascii_lowercase, options, strict=False))
-    if answer not in list(texts) or predicted not in [*texts, ...]:
+    if answer not in [*texts] or predicted not in [*texts, ...]:
         raise ValueError(
             f"{id}: answer is {answer!r} and predicted is {predicted!r}, expected one "
             f"of {', '.join(map(repr, texts))}, or ... for no guess yet"
         )
-    guess = None if predicted is ... else predicted
     shown = f"the {by} shows {answer} ({texts[answer]})"
-    if guess is None:
-        line = f"no prediction yet, {shown}"
+    if predicted is ...:
+        guess, line = None, f"no prediction yet, {shown}"
     else:
+        guess = predicted
         verdict = "as predicted" if guess == answer else "not as predicted"
         line = f"predicted {guess} ({texts[guess]}), {shown}: {verdict}"
     _tell(id, line, kind="choose", predicted=guess, measured=answer)
@@ -77,13 +80,10 @@ def holds(id, claim, text) -> None:
 
 
 def say(text) -> None:
-    """Show a sentence about results: as prose in a notebook, printed in a script.
+    """Show a sentence in markdown: as prose in a notebook, printed in a script.
 
-    `text` is markdown. Make it from the variables of the cell, so that a number in it
-    is always the one that was measured in the same run.
+    Make it from the variables of the cell, so that its numbers are those of this run.
     """
-    from IPython import display, get_ipython  # slow, and scripts do not need it
-
     if get_ipython() is None:
         print(text)
     else:
@@ -92,11 +92,10 @@ def say(text) -> None:
 
 def journal_file() -> pathlib.Path | None:
     """The file that the comparisons go to; None if no journal is kept."""
-    moved = os.environ.get("QLORA_JOURNAL")
-    if moved is not None:
-        return pathlib.Path(moved) if moved else None
     # installed as a package, there is no course around it to keep a journal in
-    return JOURNAL if (env.ROOT / "notebooks").is_dir() else None
+    usual = JOURNAL if (env.ROOT / "notebooks").is_dir() else ""
+    file = os.environ.get("QLORA_JOURNAL", usual)
+    return pathlib.Path(file) if file else None
 
 
 def _tell(id, text, **row) -> None:
@@ -107,23 +106,19 @@ def _tell(id, text, **row) -> None:
             'lower case, such as "02.bits"'
         )
     print(f"{id}: {text}")
-    file = journal_file()
-    if file is None:
+    if not (file := journal_file()):
         return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     line = json.dumps({"time": now, "id": id, **row}, ensure_ascii=False)
-    try:
+    with contextlib.suppress(OSError):  # a full or read-only disk stops no lesson
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as out:
             out.write(line + "\n")  # one write, so that lines of two kernels do not mix
-    except OSError:  # a full or read-only disk stops no lesson
-        pass
 
 
 def _number(id, name, value) -> int | float:
-    number = value
-    if hasattr(value, "shape"):  # of torch or numpy
-        number = value.item() if math.prod(value.shape) == 1 else None
+    of_one = hasattr(value, "shape") and math.prod(value.shape) == 1  # torch or numpy
+    number = value.item() if of_one else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         blank = ", or ... for no guess yet" if name == "predicted" else ""
         raise TypeError(

@@ -1,8 +1,7 @@
 """Read data/measured: what was measured on machines that a reader may lack."""
 
-import json
-
 from qlora_helpers import env
+from qlora_helpers.model_files import read_json
 
 FOLDER = env.ROOT / "data" / "measured"
 FACTS = ("date", "gpu", "driver", "versions", "command", "commit")
@@ -21,19 +20,14 @@ def read(name, folder=FOLDER) -> dict:
         raise FileNotFoundError(
             f"no recording {name!r} in {folder}; there are: {known}"
         )
-    try:
-        recording = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: restore it from git") from error
+    recording = read_json(file, "facts")
     check(name, recording)
     return recording
 
 
 def check(name, recording) -> None:
     """Raise ValueError if the recording `name` lacks facts, or rows that are dicts."""
-    if not isinstance(recording, dict) or set(recording) != {"facts", "rows"}:
-        raise ValueError(f"recording {name!r}: expected a dict with facts and rows")
-    facts, rows = recording["facts"], recording["rows"]
+    facts, rows = recording["facts"], recording.get("rows")
     given = facts if isinstance(facts, dict) else {}
     missing = [fact for fact in FACTS if not given.get(fact)]
     if missing:

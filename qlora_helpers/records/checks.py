@@ -28,17 +28,18 @@ def check_record(record: dict, row: int) -> None:
     if not isinstance(record, dict):
         raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
     for column in (*COLUMNS, "system"):
-        needed, value = column in ("instruction", "output"), record.get(column)
+        value = record.get(column)
+        needed = column in ("instruction", "output")
         if needed and column not in record:
+            columns = sorted(map(str, record))
             raise ValueError(
-                f"row {row} has no column {column!r}, only "
-                f"{sorted(map(str, record))}: {advice(record)}"
+                f"row {row} has no column {column!r}, only {columns}: {advice(record)}"
             )
         if not isinstance(value, str | None):
             way = f": {advice(record)}" if isinstance(value, list) else ""
+            kind = type(value).__name__
             raise ValueError(
-                f"row {row}: {column} is {reprlib.repr(value)} "
-                f"({type(value).__name__}), not text{way}"
+                f"row {row}: {column} is {reprlib.repr(value)} ({kind}), not text{way}"
             )
         if needed and not (value or "").strip():
             raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
@@ -57,17 +58,10 @@ def advice(record: dict) -> str:
         if all(isinstance(record.get(name), str) for name in names):
             pairs = (f"{old} to {new}" for old, new in names.items())
             return "rename " + " and ".join(pairs)
-    found = {}  # the code that takes a column's text from a chat
-    for name, chat in record.items():
-        for place, turn in enumerate(chat if isinstance(chat, list) else ()):
-            if isinstance(turn, dict) and name != "history":
-                column = ROLES.get(str(turn.get("role", turn.get("from"))))
-                text = "value" if "value" in turn else "content"
-                found.setdefault(column, f"row[{name!r}][{place}][{text!r}]")
-    if found:
-        columns = [c for c in ("system", "instruction", "output") if c in found]
-        made = ", ".join(f"{column!r}: {found[column]}" for column in columns)
-        whole = columns[-2:] == ["instruction", "output"]
+    if turns := _turns(record):
+        columns = [c for c in ("system", "instruction", "output") if c in turns]
+        made = ", ".join(f"{column!r}: {turns[column]}" for column in columns)
+        whole = {"instruction", "output"} <= set(columns)
         code = f", such as {{{made}}}" if whole else ""
         return (
             "several turns are not supported: put the text of the role user into "
@@ -82,13 +76,28 @@ def advice(record: dict) -> str:
     return "rename or convert: instruction, input, output and system must be text"
 
 
+def _turns(record: dict) -> dict:
+    """For each of our columns: the code that takes its text from a record's chat."""
+    found = {}
+    for name, chat in record.items():
+        if name == "history" or not isinstance(chat, list):
+            continue
+        for place, turn in enumerate(chat):
+            if isinstance(turn, dict):
+                column = ROLES.get(str(turn.get("role", turn.get("from"))))
+                text = "value" if "value" in turn else "content"
+                found.setdefault(column, f"row[{name!r}][{place}][{text!r}]")
+    return found
+
+
 def as_list(records) -> list[dict]:
     """The records as a list; raises ValueError for no records, or for what holds none.
 
     records: a list, a Dataset or another iterable of dicts.
     """
-    a_table = isinstance(records, str | dict) or hasattr(records, "iterrows")
-    if a_table or not hasattr(records, "__iter__"):
+    # These can be iterated over, but give letters or the names of columns.
+    no_rows = isinstance(records, str | dict) or hasattr(records, "iterrows")
+    if no_rows or not hasattr(records, "__iter__"):
         raise ValueError(
             f"records is a {type(records).__name__}: give a list of dicts, one for "
             "each record, such as records['train'] of a DatasetDict, "

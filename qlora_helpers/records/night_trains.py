@@ -22,8 +22,7 @@ def load(split: str) -> list[dict]:
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: take one of {', '.join(SPLITS)}")
-    lines = _read(f"{split}.jsonl").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in _read(f"{split}.jsonl").splitlines()]
 
 
 def database_scripts() -> list[str]:

@@ -41,14 +41,12 @@ def alpaca_layout(record: dict, system: str | None = None) -> str:
     The system message, if there is one, comes before it.
     Source: Stanford Alpaca's prompt without its preamble.
     """
+    system = _system_of(record, system)
     extra = (record.get("input") or "").strip()
-    parts = [
-        _system_of(record, system),
-        f"### Instruction:\n{record['instruction']}",
-        f"### Input:\n{extra}" if extra else None,
-        "### Response:\n",
-    ]
-    return "\n\n".join(part for part in parts if part)
+    text = f"{system}\n\n" if system else ""
+    text += f"### Instruction:\n{record['instruction']}\n\n"
+    text += f"### Input:\n{extra}\n\n" if extra else ""
+    return f"{text}### Response:\n"
 
 
 def messages(record: dict, system: str | None) -> list[dict]:
@@ -57,8 +55,8 @@ def messages(record: dict, system: str | None) -> list[dict]:
     Without one, SmolLM2's template adds a system message of its own.
     """
     system = _system_of(record, system)
-    start = [{"role": "system", "content": system}] if system else []
     extra = (record.get("input") or "").strip()
+    start = [{"role": "system", "content": system}] if system else []
     question = record["instruction"] + (f"\n\n{extra}" if extra else "")
     return [*start, {"role": "user", "content": question}]
 
@@ -66,7 +64,7 @@ def messages(record: dict, system: str | None) -> list[dict]:
 def _system_of(record: dict, system: str | None) -> str | None:
     """A record's own system message, else `system`; white space counts as none."""
     for text in (record.get("system"), system):
-        if text is not None and not isinstance(text, str):
+        if not isinstance(text, str | None):
             raise ValueError(
                 f"system is {reprlib.repr(text)} ({type(text).__name__}): give the "
                 "system message as text, or None"
@@ -88,15 +86,16 @@ def _render(chat: list[dict], tokenizer, ask: bool) -> str:
         raise ValueError(
             f"the chat template refuses the system message ({error}): {NO_SYSTEM}"
         ) from None
-    parts = {"system": "system message", "user": "question", "assistant": "output"}
+    another = "use a template that writes each text as it is"
+    repairs = {
+        "system": f"system message: {NO_SYSTEM}",
+        "user": f"question: {another}",
+        "assistant": f"output: {another}",
+    }
     for message in chat:
         if message["content"].strip() not in text:
-            other = "use a template that writes each text as it is"
-            repair = NO_SYSTEM if message["role"] == "system" else other
-            part = parts[message["role"]]
-            raise ValueError(
-                f"the chat template leaves out or changes the {part}: {repair}"
-            )
+            lost = repairs[message["role"]]
+            raise ValueError(f"the chat template leaves out or changes the {lost}")
     return text
 
 
@@ -130,15 +129,14 @@ def to_prompt_completion(
     records: a list of dicts or a Dataset with Alpaca's columns. system: the system
     message of every record that has none in a column `system`, or None. With a chat
     template both columns hold messages; else they hold text, and TRL adds the end
-    token. A warning names records over `max_length` tokens, which are left out because
-    a row that is cut teaches the model to stop early; another names unused columns.
+    token. Records over `max_length` tokens are left out with a warning, because a row
+    that is cut teaches the model to stop early. Another warning names unused columns.
 
     Raises ValueError, naming the row, for a record that cannot be trained on or whose
-    prompt's tokens in training differ from those when it is asked, and if no record is
-    left.
+    prompt has other tokens in training than when it is asked, and if no record is left.
     """
-    bare, end = not tokenizer.chat_template, tokenizer.eos_token
-    if bare and not end:
+    templated, end = bool(tokenizer.chat_template), tokenizer.eos_token
+    if not templated and not end:
         raise ValueError(
             "the tokenizer has neither a chat template nor an end token: set "
             "tokenizer.eos_token to the token at which answers end"
@@ -149,12 +147,15 @@ def to_prompt_completion(
     for number, record in enumerate(as_list(records)):
         check_record(record, number)
         unused |= {str(name) for name in set(record) - KNOWN}
-        asked, output = prompt(record, tokenizer, system), record["output"]
-        if end and end in (output.removesuffix(end) if bare else output):
+        output = record["output"]
+        # Without a template, one end token at the end does not count: TRL wants one.
+        inner = output if templated else output.removesuffix(end)
+        if end and end in inner:
             raise ValueError(
                 f"row {number}: output holds the end token {end!r}, so the model would "
                 "learn to stop there: remove it; it is added at the end by itself"
             )
+        asked = prompt(record, tokenizer, system)
         ids = whole_ids(record, tokenizer, system)
         context = context_ids(asked, tokenizer)
         if ids[: len(context)] != context:
@@ -165,11 +166,11 @@ def to_prompt_completion(
             )
         if max_length is not None and len(ids) > max_length:
             too_long.append(number)
-        elif bare:
-            rows.append({"prompt": asked, "completion": output})
-        else:
+        elif templated:
             answer = [{"role": "assistant", "content": output}]
             rows.append({"prompt": messages(record, system), "completion": answer})
+        else:
+            rows.append({"prompt": asked, "completion": output})
     if unused:
         warnings.warn(
             f"these columns are not used: {', '.join(sorted(unused))} (only "

@@ -4,6 +4,8 @@ import operator
 
 import torch
 
+SEED = 4  # of torch's random numbers, before each call of the reader's function
+
 
 def try_out(name, function, cases, same=operator.eq) -> bool:
     """True if the function gives what is expected in every case; prints one line.
@@ -11,6 +13,7 @@ def try_out(name, function, cases, same=operator.eq) -> bool:
     `cases` is a list of (arguments, expected). If the function raises, it says so.
     """
     for arguments, expected in cases:
+        torch.manual_seed(SEED)
         try:
             yours = function(*arguments)
             if yours is None or yours is ...:

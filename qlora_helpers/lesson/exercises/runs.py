@@ -5,15 +5,14 @@ import math
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-    get_linear_schedule_with_warmup,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.optimization import get_linear_schedule_with_warmup
 
 from qlora_helpers import memory, models, records, sql, train
 from qlora_helpers.lesson.exercises.oracle import try_out
 from qlora_helpers.models.embedded import embedded_dir
+
+SHAPES = ("1B", "8B", "13B", "70B")
 
 
 def check_long_haul(write_sql) -> bool:
@@ -47,8 +46,7 @@ def check_prompt(write_prompt) -> bool:
 def check_tokens_until(tokens_until) -> bool:
     """Exercise 04.1: where the plain loss takes more than the base model."""
     cases = []
-    for shape in ("1B", "8B", "13B", "70B"):
-        config = models.llama_config(shape)
+    for config in map(models.llama_config, SHAPES):
         size = sum(_predicted(config).weights.values())
         expected = size // (12 * config.vocab_size) + 1
         cases.append(((config.vocab_size, size), expected))
@@ -71,8 +69,7 @@ def check_on_paper(on_paper) -> bool:
 def check_first_rank(first_rank) -> bool:
     """Exercise 05.1: the least rank at which bitsandbytes pages any state."""
     cases = []
-    for shape in ("1B", "8B", "13B", "70B"):
-        config = models.llama_config(shape)
+    for config in map(models.llama_config, SHAPES):
         ranks = (rank for rank in range(1, 100) if _predicted(config, rank).paged)
         cases.append(((_widths(config),), next(ranks)))
     return try_out("exercise 05.1", first_rank, cases)
