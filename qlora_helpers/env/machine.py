@@ -66,10 +66,15 @@ def profile_of(kind: str) -> Profile:
     if kind not in ("cpu", "fp16", "bf16"):
         raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
     gpu = kind != "cpu"
+    # ATEN_CPU_CAPABILITY lowers the first answer and not the second
+    native = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    native = native and torch.cpu._is_avx512_bf16_supported()
     if kind == "fp16":
         dtype = torch.float16
-    else:
-        dtype = torch.bfloat16 if gpu or _cpu_has_bf16() else torch.float32
+    elif gpu or native:
+        dtype = torch.bfloat16
+    else:  # a CPU that emulates bf16 takes six times as long
+        dtype = torch.float32
     return Profile(
         kind=kind,
         device=torch.device("cuda", 0) if gpu else torch.device("cpu"),
@@ -82,13 +87,6 @@ def profile_of(kind: str) -> Profile:
         checkpointing=gpu,  # on a CPU time is short, not memory
         base=os.environ.get("QLORA_BASE") or (UNGATED if gpu else "embedded"),
     )
-
-
-def _cpu_has_bf16() -> bool:
-    """True where this CPU multiplies bf16 natively; emulated it is six times slower."""
-    # ATEN_CPU_CAPABILITY lowers the first answer and not the second
-    capability = torch.backends.cpu.get_cpu_capability()
-    return "AVX512" in capability and torch.cpu._is_avx512_bf16_supported()
 
 
 def path(name: str) -> pathlib.Path:

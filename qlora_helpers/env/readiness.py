@@ -37,34 +37,30 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h, for `man mallopt`
 
 def check_machine() -> list[str]:
     """Every reason why the course cannot work here, each with its repair."""
-    faults, ram, free = [], total_ram_gib(), math.inf
+    faults, free, ram = [], math.inf, total_ram_gib()
     try:
         free = shutil.disk_usage(cache_dir()).free / GIB
     except OSError as error:
         faults.append(str(error))
-    needs = [  # what was found, whether it is enough, what is needed and the repair
-        (
-            f"Python {sys.version.split()[0]}",
-            (3, 11) <= sys.version_info[:2] <= (3, 13),
-            "3.11 to 3.13 is needed: make the virtual environment with one of these",
-        ),
-        (
-            f"{ram:.1f} GiB of memory",
-            ram >= LEAST_RAM_GIB,
-            f"{LEAST_RAM_GIB} are needed: take a larger machine, or Colab",
-        ),
-        (
-            f"{free:.1f} GiB of disk free for the cache",
-            free >= LEAST_DISK_GIB,
-            f"{LEAST_DISK_GIB} are needed: make room, or set QLORA_CACHE to another "
-            "disk",
-        ),
-    ]
-    faults += [f"{found}, {needed}" for found, enough, needed in needs if not enough]
-    missing = [name for name, found in versions().items() if found == "missing"]
-    return faults + [
-        f"{name} is missing: pip install -r requirements.txt" for name in missing
-    ]
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        faults.append(
+            f"Python {sys.version.split()[0]}, but 3.11 to 3.13 is needed: make the "
+            "virtual environment with one of these"
+        )
+    if ram < LEAST_RAM_GIB:
+        faults.append(
+            f"{ram:.1f} GiB of memory, {LEAST_RAM_GIB} are needed: take a larger "
+            "machine, or Colab"
+        )
+    if free < LEAST_DISK_GIB:
+        faults.append(
+            f"{free:.1f} GiB of disk free for the cache, {LEAST_DISK_GIB} are needed: "
+            "make room, or set QLORA_CACHE to another disk"
+        )
+    for name, version in versions().items():
+        if version == "missing":
+            faults.append(f"{name} is missing: pip install -r requirements.txt")
+    return faults
 
 
 def untested() -> list[str]:
@@ -122,8 +118,8 @@ def quiet() -> None:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next tensor; True where it now does.
 
-    Without this it returns every tensor above 32 MB to the system and asks for it
-    again, zeroed, page by page, which slows training on a CPU.
+    Otherwise glibc returns each tensor above 32 MB to the system and asks for it again,
+    zeroed, page by page, which slows training on a CPU.
     """
     return _mallopt({MMAP_THRESHOLD: GIB, TRIM_THRESHOLD: GIB})
 
@@ -131,7 +127,7 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Let glibc return a tensor's memory once it is freed; True where it now does.
 
-    Without this it keeps tensors of up to 32 MB in a heap that grows to about twice
+    Otherwise glibc keeps tensors of up to 32 MB in a heap, which grows to about twice
     what a merge by small shards holds.
     """
     return _mallopt({MMAP_THRESHOLD: 2**20})
@@ -150,24 +146,24 @@ def show_one_gpu() -> str:
 
     The Trainer spreads a batch over every GPU that its process sees. TRL 1.16 refuses
     that; an older TRL takes more rows per step than the settings say. Nothing changes
-    if a choice was made: CUDA_VISIBLE_DEVICES is set, or LOCAL_RANK, with which
-    torchrun and accelerate give a process its GPU.
+    if the reader chose with CUDA_VISIBLE_DEVICES, or if torchrun or accelerate started
+    this process, which set LOCAL_RANK.
     """
-    chosen = {"CUDA_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys()
-    count = torch.cuda.device_count()
-    if count < 2 or "LOCAL_RANK" in chosen:
+    variable, count = "CUDA_VISIBLE_DEVICES", torch.cuda.device_count()
+    if count < 2 or "LOCAL_RANK" in os.environ:
         return ""
-    if not chosen:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # children inherit it
-    if torch.cuda.device_count() == 1:
-        fact, choice = f"uses the first of {count} GPUs; to use another,", 1
-    else:
-        fact, choice = f"sees {count} GPUs, but training takes only one:", 0
-        if not chosen:  # CUDA had started; without NVML, counting starts it
-            del os.environ["CUDA_VISIBLE_DEVICES"]
+    restart = "restart the kernel and run `import os; os.environ"
+    if variable not in os.environ:
+        os.environ[variable] = "0"  # children inherit it
+        if torch.cuda.device_count() == 1:
+            return (
+                f"This kernel uses the first of {count} GPUs; to use another, "
+                f'{restart}["{variable}"] = "1"` before this cell.'
+            )
+        del os.environ[variable]  # CUDA had started; without NVML, counting starts it
     return (
-        f"This kernel {fact} restart the kernel and run `import os; "
-        f'os.environ["CUDA_VISIBLE_DEVICES"] = "{choice}"` before this cell.'
+        f"This kernel sees {count} GPUs, but training takes only one: "
+        f'{restart}["{variable}"] = "0"` before this cell.'
     )
 
 

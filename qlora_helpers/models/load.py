@@ -11,7 +11,7 @@ from transformers.integrations import sdpa_attention
 from transformers.quantizers import AutoHfQuantizer
 
 from qlora_helpers import env
-from qlora_helpers.model_files import VOCABULARIES, headers, weight_files
+from qlora_helpers.model_files import VOCABULARIES, weight_files
 from qlora_helpers.models.shapes import llama_config
 from qlora_helpers.models.sources import EMBEDDED, base_folder
 
@@ -30,8 +30,7 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     if dtype is None:
         dtype = _dtype(quantization, machine)
     folder = base_folder(name, revision)
-    for _ in headers(weight_files(folder)):  # a damaged file is named
-        continue
+    weight_files(folder)  # raises, with the name, if a file is damaged or missing
     if not any((folder / vocabulary).exists() for vocabulary in VOCABULARIES):
         raise FileNotFoundError(f"{folder} holds no tokenizer: save it there too")
     # passed on as None it would hide that a checkpoint is quantized already
@@ -88,13 +87,13 @@ SHARED_KEYS = sdpa_attention.use_gqa_in_sdpa  # transformers' own choice
 def choose_attention(machine) -> None:
     """Let a GPU without flash attention (the fp16 profile) repeat keys and values.
 
-    A T4 has no flash kernel. If heads share keys and values, torch then uses its math
-    kernel, which keeps every score: an 8B with one row of 4,096 tokens takes 14.9 GiB
-    instead of 7.6 (data/measured/attention.json). The choice holds for the whole
-    process. Source: transformers/integrations/sdpa_attention.py.
+    Where heads share them, such a GPU otherwise uses torch's math kernel, which keeps
+    every score: an 8B with one row of 4,096 tokens takes 14.9 GiB instead of 7.6
+    (data/measured/attention.json). The choice holds for the whole process. Source:
+    transformers/integrations/sdpa_attention.py.
     """
-    keep = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
-    sdpa_attention.use_gqa_in_sdpa = keep
+    shared = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
+    sdpa_attention.use_gqa_in_sdpa = shared
 
 
 def repeats_keys_and_values() -> bool:

@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from qlora_helpers.env import UNGATED
 from qlora_helpers.models.sources import EMBEDDED, base_folder
 
-CONFIG_NAMES = {  # of the numbers that make a Llama's shape; shapes.toml explains them
+# LlamaConfig's names of the numbers in shapes.toml, which explains them.
+CONFIG_NAMES = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "intermediate": "intermediate_size",
@@ -21,12 +22,11 @@ CONFIG_NAMES = {  # of the numbers that make a Llama's shape; shapes.toml explai
     "positions": "max_position_embeddings",
     "rope": "rope_parameters",
 }
-_FILE = Path(__file__).with_name("shapes.toml")
-_READ = tomllib.loads(_FILE.read_text(encoding="utf-8"))
-HUB_SHAPES = {
-    hub: name for name, shape in _READ.items() for hub in shape.pop("hub", ())
-}
-SHAPES = {name: SimpleNamespace(**shape) for name, shape in _READ.items()}
+SHAPES, HUB_SHAPES = {}, {}  # shapes by name; and the name, by the id of a Hub model
+with Path(__file__).with_name("shapes.toml").open("rb") as _file:
+    for _name, _shape in tomllib.load(_file).items():
+        HUB_SHAPES |= dict.fromkeys(_shape.pop("hub", ()), _name)
+        SHAPES[_name] = SimpleNamespace(**_shape)
 
 
 def config_of(model) -> LlamaConfig:
