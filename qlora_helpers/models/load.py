@@ -11,7 +11,7 @@ from transformers.integrations import sdpa_attention
 from transformers.quantizers import AutoHfQuantizer
 
 from qlora_helpers import env
-from qlora_helpers.model_files import VOCABULARIES, weight_files
+from qlora_helpers.model_files import has_tokenizer, weight_files
 from qlora_helpers.models.shapes import llama_config
 from qlora_helpers.models.sources import EMBEDDED, base_folder
 
@@ -31,7 +31,7 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
         dtype = _dtype(quantization, machine)
     folder = base_folder(name, revision)
     weight_files(folder)  # raises, with the name, if a file is damaged or missing
-    if not any((folder / vocabulary).exists() for vocabulary in VOCABULARIES):
+    if not has_tokenizer(folder):
         raise FileNotFoundError(f"{folder} holds no tokenizer: save it there too")
     # passed on as None it would hide that a checkpoint is quantized already
     given = {} if quantization is None else {"quantization_config": quantization}

@@ -5,6 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
+from transformers import AutoConfig
 
 from qlora_helpers.env import UNGATED
 from qlora_helpers.model_files import (
@@ -12,7 +13,6 @@ from qlora_helpers.model_files import (
     INDEX,
     SINGLE,
     TOKENIZER,
-    embedding_rows,
     read_json,
     tensors_sha256,
 )
@@ -20,8 +20,8 @@ from qlora_helpers.models.embedded import SMOLLM2, embedded_dir
 
 EMBEDDED = "embedded"
 ADAPTER = "adapter_config.json"  # PEFT's file, which marks an adapter
-# name, as load_base takes it; parameters, tied ones counted once; licence; and whether
-# the Hub asks to accept that licence first
+# name: as load_base takes it; parameters: tied ones count once; gated: True if the Hub
+# asks a reader to accept the licence first
 KnownModel = namedtuple("KnownModel", "name parameters licence gated")
 KNOWN_MODELS = [
     KnownModel(EMBEDDED, 134_515_008, "Apache-2.0", False),
@@ -101,14 +101,16 @@ def base_identity(name=EMBEDDED, revision=None) -> dict:
     what base_folder does.
     """
     folder = base_folder(name, revision)
-    called, commit = str(name), folder.name  # .../snapshots/COMMIT
     if name == EMBEDDED:
         called, commit = f"{SMOLLM2.requirement}/{SMOLLM2.folder}", SMOLLM2.sha256
     elif Path(name).expanduser().is_dir():
         called, commit = folder.resolve().name, None
+    else:
+        called, commit = str(name), folder.name  # .../snapshots/COMMIT
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return {
         "name": called,
         "revision": commit,
         "tensors_sha256": tensors_sha256(folder),
-        "rows": embedding_rows(folder),
+        "rows": config.get_text_config().vocab_size,
     }

@@ -24,6 +24,7 @@ SETTINGS = (
 # Initializations of A and B that keep the base; others first subtract B A from it.
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+IN_MEMORY = "merge it in memory, with PEFT's merge_and_unload(), and check the result"
 
 
 def tensors_of(folder) -> dict[str, tuple[Path, torch.Tensor]]:
@@ -33,7 +34,6 @@ def tensors_of(folder) -> dict[str, tuple[Path, torch.Tensor]]:
     """
     found = {}
     for file in model_files.weight_files(folder):
-        model_files.open_weights(file)  # a clear error where the file is damaged
         for name, tensor in load_state_dict(file, map_location="meta").items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(
@@ -46,12 +46,16 @@ def tensors_of(folder) -> dict[str, tuple[Path, torch.Tensor]]:
 
 def check_tensors(folder, files: dict, model) -> None:
     """Raise ValueError unless files hold what the model of config.json needs."""
-    for name, wanted in model.state_dict().items():
-        found = [*files[name][1].shape] if name in files else "missing"
-        tied = name not in files and name in model.all_tied_weights_keys
-        if found != [*wanted.shape] and not tied:
+    for name, tensor in model.state_dict().items():
+        if name in files:
+            found = [*files[name][1].shape]
+        elif name in model.all_tied_weights_keys:
+            continue
+        else:
+            found = "missing"
+        if found != [*tensor.shape]:
             raise ValueError(
-                f"{name} is {found} in {folder}, but {[*wanted.shape]} by config.json: "
+                f"{name} is {found} in {folder}, but {[*tensor.shape]} by config.json: "
                 "copy or merge the model again"
             )
 
@@ -74,10 +78,11 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
     saved = adapters.tensor_names(adapter)
     tensors, pairs = load_file(adapter / adapters.WEIGHTS), {}
     for name in sorted(saved & set(wanted)):
-        if tensors[name].shape != (shape := wanted[name].shape):
+        if tensors[name].shape != wanted[name].shape:
             raise ValueError(
-                f"{name} in {adapter} is not {[*shape]}, as base and config ask: give "
-                "the base that it was trained on, or save the adapter again"
+                f"{name} in {adapter} is not {[*wanted[name].shape]}, as base and "
+                "config ask: give the base that it was trained on, or save the adapter "
+                "again"
             )
     adapters.check_whole(adapter, saved, set(wanted))
     for module, layer in model.named_modules():
@@ -91,10 +96,10 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
             f"the adapter in {adapter} holds {sorted(tensors)[0]}, so it is more than "
             f"B A: {IN_MEMORY}"
         )
-    for name in pairs.keys() - files.keys():
+    if absent := pairs.keys() - files.keys():
         raise ValueError(
-            f"the adapter changes {name}, which the base does not hold, for example "
-            "because it is tied to the embedding: train without it"
+            f"the adapter changes {min(absent)}, which the base does not hold, for "
+            "example because it is tied to the embedding: train without it"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if (needed := adapters.token_rows(adapter)) > rows:
@@ -105,23 +110,22 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
     return pairs
 
 
-IN_MEMORY = "merge it in memory, with PEFT's merge_and_unload(), and check the result"
-
-
 def _plain_lora(adapter) -> LoraConfig:
     """The config of an adapter. Raises ValueError for a setting that is not merged."""
     given = model_files.read_json(adapter / adapters.CONFIG, "peft_type")
     start = given.pop("init_lora_weights", True)
-    if (start.lower() if isinstance(start, str) else start) not in STARTS:
+    lowered = start.lower() if isinstance(start, str) else start
+    if lowered not in STARTS:
         raise ValueError(
             f"the adapter in {adapter} was initialized with init_lora_weights={start!r}"
             ", which changed its base: save the adapter again with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
     usual = LoraConfig().to_dict()
-    for key in ("peft_type", *given):
+    for key in ("peft_type", *given):  # another kind of adapter is named first
         value, default = given[key], usual.get(key)
-        if key not in SETTINGS and value != default and (value or default):
+        both_off = not value and not default  # None, False or empty
+        if key not in SETTINGS and value != default and not both_off:
             raise ValueError(
                 f"the adapter in {adapter} has {key}={value!r}, which is more than B A "
                 f"or newer than the installed PEFT: {IN_MEMORY}"
@@ -146,5 +150,8 @@ def four_bit_weights(source, adapter) -> dict[str, torch.dtype]:
         )
     dtype = quantization.bnb_4bit_compute_dtype
     model, _ = models.skeleton(AutoConfig.from_pretrained(source), quantization, dtype)
-    layers = model.named_modules()
-    return {f"{n}.weight": dtype for n, m in layers if isinstance(m, Linear4bit)}
+    return {
+        f"{name}.weight": dtype
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }

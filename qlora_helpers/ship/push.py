@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from qlora_helpers.adapters import CONFIG, PICKLES, tensor_names
-from qlora_helpers.model_files import open_weights, read_json, weight_files
+from qlora_helpers.model_files import read_json, weight_files
 
 
 def push(folder, repo_id: str, private: bool = True) -> str:
@@ -15,10 +15,9 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     everything in it is uploaded. private: for a new repository; one that exists stays
     as it is. The Hub's address is HF_ENDPOINT's.
 
-    Raises FileNotFoundError where a file is missing, and ValueError where weights are
-    damaged or pickled or the card is missing, all before the Hub is asked;
-    LocalTokenNotFoundError where there is no token; HfHubHTTPError or ConnectionError
-    where the Hub refuses it (401, 403).
+    Raises, before the Hub is asked, FileNotFoundError for a missing file, ValueError
+    for damaged or pickled weights or a missing card, and LocalTokenNotFoundError;
+    then HfHubHTTPError or ConnectionError where the Hub refuses it (401, 403).
     """
     folder = Path(folder).expanduser()
     # in its folders too: a Trainer's checkpoints hold optimizer.pt
@@ -32,8 +31,7 @@ def push(folder, repo_id: str, private: bool = True) -> str:
         tensor_names(folder)
     else:
         read_json(folder / "config.json", "model_type")
-        for file in weight_files(folder):
-            open_weights(file)
+        weight_files(folder)
     card = folder / "README.md"
     if not card.is_file() or not card.read_text("utf-8").strip():
         raise ValueError(
