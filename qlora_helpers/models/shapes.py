@@ -39,8 +39,7 @@ def config_of(model) -> LlamaConfig:
         return model
     if not isinstance(model, str | os.PathLike):
         raise TypeError(
-            f"model is {type(model).__name__}, expected a LlamaConfig, or the name of "
-            f"one of the shapes {list(SHAPES)}, of a folder or of a model on the Hub"
+            f"model is {type(model).__name__}, expected a LlamaConfig or a model's name"
         )
     if model in SHAPES or model in HUB_SHAPES:
         return llama_config(HUB_SHAPES.get(model, model))
@@ -51,13 +50,10 @@ def config_of(model) -> LlamaConfig:
         )
     found, _ = LlamaConfig.get_config_dict(base_folder(model, weights=False))
     if found.get("model_type") != "llama":
-        raise ValueError(
-            f"{model} is not a Llama (its model_type is {found.get('model_type')!r})"
-        )
+        kind = found.get("model_type")
+        raise ValueError(f"{model} is not a Llama (its model_type is {kind!r})")
     if "quantization_config" in found:
-        raise ValueError(
-            f"{model} is already quantized: give the model that it was made from"
-        )
+        raise ValueError(f"{model} is already quantized: give the model it came from")
     return LlamaConfig.from_dict(found)
 
 

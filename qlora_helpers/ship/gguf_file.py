@@ -115,7 +115,8 @@ def read_model(folder: Path, kind: str):
     given = config.to_dict()
     given |= given.get("rope_parameters") or {}
     for name, allowed in CAN_BE.items():
-        if (value := given.get(name, allowed[0])) not in allowed:
+        value = given.get(name, allowed[0])
+        if value not in allowed:
             expected = " or ".join(map(str, allowed))
             raise ValueError(
                 f"{folder} has {name} {value!r}, expected {expected}; {CONVERTER}"
@@ -163,7 +164,7 @@ def read_source(source, config, tokenizer, shorts: set[str]) -> gguf.GGUFReader:
         tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     except Exception as error:  # GGUFReader raises many kinds, none of its own
         raise ValueError(
-            f"{source} cannot be read as GGUF ({error!r}): give the base's own GGUF"
+            f"{source} cannot be read as GGUF ({error!r}): give the base's own"
         ) from None
     differ, factors = [], rope_factors(config).numpy()
 
@@ -183,16 +184,15 @@ def read_source(source, config, tokenizer, shorts: set[str]) -> gguf.GGUFReader:
         compare(f"token {number}", there.get(number), token)
     for tensor in reader.tensors:
         if tensor.name == FACTORS:
-            same = tensor.data.shape == factors.shape
-            if not (same and np.allclose(tensor.data, factors)):
+            same_shape = tensor.data.shape == factors.shape
+            if not same_shape or not np.allclose(tensor.data, factors):
                 differ.append(f"{FACTORS} in the source is not config.json's RoPE")
         elif tensor.name not in shorts | {"output.weight"}:  # it may hold a tied head
             differ.append(f"the source has {tensor.name} but the folder does not")
     if differ:
         raise ValueError(
-            f"the source is not the GGUF of this model's base ({len(differ)} differ: "
-            f"{'; '.join(differ[:4])}): give the base's own GGUF; if there are new "
-            f"tokens, {CONVERTER}"
+            f"the source is another model's ({'; '.join(differ[:4])}): give the base's "
+            f"own GGUF; if there are new tokens, {CONVERTER}"
         )
     return reader
 
@@ -205,8 +205,8 @@ def add_tokenizer(writer, tokenizer, folder: Path, config) -> None:
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if end is None or end not in (ends if isinstance(ends, list) else [ends]):
         raise ValueError(
-            f"the tokenizer of {folder} ends at token {end} but its generation_config."
-            f"json at {ends}, and llama.cpp follows the tokenizer: make the two agree"
+            f"the tokenizer of {folder} ends at token {end} but its config at {ends}, "
+            "and llama.cpp follows the tokenizer: make the two agree"
         )
     writer.add_eos_token_id(end)
     starts = start is not None and tokenizer("?").input_ids[:1] == [start]
@@ -241,8 +241,8 @@ def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
     weight = weight.float()
     if not (weight.abs() <= most).all():
         raise ValueError(
-            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot hold:"
-            " take BF16, or find out where it comes from"
+            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} "
+            "cannot hold: take BF16"
         )
     dtype = gguf.GGMLQuantizationType[kind]
     packed = gguf.quants.quantize(weight.numpy(), dtype)

@@ -24,8 +24,8 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     pickles = [file for file in folder.rglob("*") if file.suffix.lower() in PICKLES]
     if pickles:
         raise ValueError(
-            f"{sorted(pickles)[0]} is a pickle, and loading one can run any code: "
-            "move the file out of the folder, and push weights only as *.safetensors"
+            f"{min(pickles)} is a pickle, and loading one can run any code: move the "
+            "file out of the folder"
         )
     if (folder / CONFIG).exists():
         tensor_names(folder)
@@ -35,8 +35,7 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     card = folder / "README.md"
     if not card.is_file() or not card.read_text("utf-8").strip():
         raise ValueError(
-            f"{folder} has no README.md, or an empty one: write a card, for example "
-            "with card.write_card or card.write_adapter_card"
+            f"{folder} has no README.md, or an empty one: write it with card.write_card"
         )
     api = HfApi(token=True)  # raises an error where no token is found
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
