@@ -64,8 +64,8 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
         for key, field in reader.fields.items():
             copied = key.startswith(("general.", "tokenizer."))
             if copied and not OWN_KEYS.fullmatch(key):
-                first, last = field.types[0], field.types[-1]  # of a list: its items'
-                writer.add_key_value(key, field.contents(), first, sub_type=last)
+                outer, inner = field.types[0], field.types[-1]  # a list's, its items'
+                writer.add_key_value(key, field.contents(), outer, sub_type=inner)
         for key, value in network_keys(config).items():
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(key, value)
