@@ -33,17 +33,15 @@ def write_card(folder, base: dict, facts: dict, accuracy) -> Path:
     Raises ValueError for a missing fact or an unknown licence, and FileExistsError for
     a README.md that somebody else wrote or changed.
     """
-    if missing := [name for name in FACTS if name not in facts]:
-        raise ValueError(f"facts lacks {missing[0]!r}: give {', '.join(FACTS)}")
+    for name in FACTS:
+        if name not in facts:
+            raise ValueError(f"facts lacks {name!r}: give {', '.join(FACTS)}")
     files = model_files.weight_files(Path(folder).expanduser())
     return _write(files, "transformers", base, facts, accuracy)
 
 
 def write_adapter_card(folder, base: dict, facts=None, accuracy=None) -> Path:
-    """Write README.md, the card, into the folder of an adapter.
-
-    Works like `write_card`, but no fact is required; the card leaves out missing ones.
-    """
+    """Like `write_card`, for an adapter's folder; the card leaves out missing facts."""
     weights = Path(folder).expanduser() / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} holds no {weights.name}: give an adapter")
@@ -71,8 +69,8 @@ def _write(files: list[Path], library: str, base: dict, facts: dict, accuracy) -
     card = files[0].with_name(CARD)
     if card.exists() and not is_own_card(card):
         raise FileExistsError(
-            f"{card} was changed or not written by this package, and would be lost: "
-            "move the file away, or keep it as the card"
+            f"{card} is not an unchanged card of this package, and would be lost: move "
+            "the file away"
         )
     header = _licence_keys(facts) | {"library_name": library, "tags": ["qlora"]}
     name = ON_THE_HUB.get(base["name"], base["name"])
@@ -109,5 +107,5 @@ def _licence_keys(facts: dict) -> dict:
         return {"license": "other", "license_name": known, "license_link": link}
     raise ValueError(
         f"the Hub has no licence {licence!r}: take an id from {LICENCE_PAGE}, or give "
-        "the address of the licence's text as the fact 'licence_link'"
+        "the address of its text as the fact 'licence_link'"
     )

@@ -26,30 +26,28 @@ def check_out(out, note: str, inputs: dict) -> Path:
 
     Raises FileExistsError or PermissionError if it may not.
     """
-    place, fault = Path(out).expanduser().resolve(), None
-    same = [what for what, read in inputs.items() if place == Path(read).resolve()]
-    if same:
-        fault = f"is {same[0]}: name another folder"
-    elif os.path.ismount(place) or place == Path.cwd():
-        fault = "is a disk or the current folder: name a folder inside it"
-    elif place.exists() and not place.is_dir():
-        fault = "is a file: name a folder that does not exist yet"
-    elif strange := _foreign(place, note):
-        more = f" and {len(strange) - 1} more" if strange[1:] else ""
-        fault = (
-            f"holds {strange[0]}{more}, which its {note} does not list as written by "
-            "this package or which was changed since, and which would be lost: name "
-            "another folder"
+    place = Path(out).expanduser().resolve()
+    for what, folder in inputs.items():
+        if place == Path(folder).resolve():
+            raise FileExistsError(f"{out} is {what}: name another folder")
+    if os.path.ismount(place) or place == Path.cwd():
+        raise FileExistsError(
+            f"{out} is a disk or the current folder: name a folder inside it"
         )
-    if fault:
-        raise FileExistsError(f"{out} {fault}")
+    if place.exists() and not place.is_dir():
+        raise FileExistsError(f"{out} is a file: name a folder that does not exist yet")
+    if strange := _foreign(place, note):
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise FileExistsError(
+            f"{out} holds {strange[0]}{more}, which its {note} does not list or which "
+            "was changed since, and which would be lost: name another folder"
+        )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place.parent).close()
     except OSError as error:
         raise PermissionError(
-            f"{out} cannot be written ({error.strerror}): name a folder that you may "
-            "write"
+            f"{out} cannot be written ({error.strerror}): name a folder elsewhere"
         ) from None
     return place
 
@@ -59,8 +57,8 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
     """Yield an empty folder to fill, then move it to `out` with its note.
 
     If filling it fails, nothing is left and an older folder stays. facts: what the note
-    says besides the list of files. The older folder's README.md is kept unless it is an
-    unchanged card of this package. Raises what `check_out` raises.
+    says besides the list of files. What KEPT names moves from the older folder, except
+    an unchanged card of this package. Raises what `check_out` raises.
     """
     place = check_out(out, note, inputs)
     beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
@@ -73,8 +71,10 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
                 shutil.copytree(kept, made / kept.name, dirs_exist_ok=True)
             elif kept.exists() and not (kept.name == CARD and is_own_card(kept)):
                 shutil.copyfile(kept, made / kept.name)
-        files = [file for file in sorted(made.rglob("*")) if file.is_file()]
-        listed = {f.relative_to(made).as_posix(): fingerprint(f) for f in files}
+        listed = {}
+        for file in sorted(made.rglob("*")):
+            if file.is_file():
+                listed[file.relative_to(made).as_posix()] = fingerprint(file)
         text = json.dumps(facts | {"files": listed}, indent=1, default=str)
         (made / note).write_text(text + "\n", encoding="utf-8")
         check_out(out, note, inputs)  # again, since minutes may have passed
@@ -86,22 +86,21 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
     except OSError as error:
         if place.exists() and old.exists():
             raise FileExistsError(
-                f"another process wrote to {out} ({error}): what was there before is "
-                f"in {old}, and nothing of it is lost"
+                f"another process wrote to {out} ({error}): what was there is in {old}"
             ) from None
         raise
     finally:  # also after an interrupt
         if old.exists() and not place.exists():
             old.replace(place)
-        if not (old.exists() and made.exists()):
+        if not (old.exists() and made.exists()):  # else `old` is the only copy
             shutil.rmtree(beside, ignore_errors=True)
 
 
-_seen = {}  # hashes of files that have not changed since: weights take seconds
+_seen = {}  # hashes of files by their size and date, since weights take seconds
 
 
 def fingerprint(file) -> str:
-    """The value that shows whether a file changed: its SHA-256."""
+    """A file's SHA-256, which is computed again only if the file may have changed."""
     stat = os.stat(file)
     key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
     if key not in _seen:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,29 +17,36 @@ TOKENIZER = (
 ).split()
 CONFIGS = ("config.json", "generation_config.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 def weight_files(folder) -> list[Path]:
     """The safetensors files of a model's folder that transformers reads, in order.
 
-    Raises FileNotFoundError if the folder, or a file that its index names, is not
-    there. Source: transformers/modeling_utils.py, _get_resolved_checkpoint_files.
+    Raises FileNotFoundError if one is missing, ValueError if one is damaged. Source:
+    transformers/modeling_utils.py, _get_resolved_checkpoint_files.
     """
     folder = Path(folder)
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
+        names = [SINGLE]
+    elif (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, "weight_map")
+        names = sorted(set(index["weight_map"].values()))
+    else:
         raise FileNotFoundError(
             f"{folder} holds no {SINGLE} and no {INDEX}: give a model's folder"
         )
-    index = read_json(folder / INDEX, "weight_map")
-    files = sorted({folder / name for name in index["weight_map"].values()})
-    if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{folder} lacks {missing[0].name}, which its {INDEX} names: copy that file"
-        )
-    return files
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} lacks {name}, which its {INDEX} names: copy that file"
+            )
+        open_weights(folder / name)
+    return [folder / name for name in names]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if the folder holds a tokenizer's vocabulary."""
+    return any((folder / name).exists() for name in VOCABULARIES)
 
 
 def read_json(file: Path, key: str) -> dict:
@@ -64,19 +70,6 @@ def open_weights(file):
         ) from None
 
 
-def headers(files) -> Iterator[tuple[str, str, tuple[int, ...], Path]]:
-    """Yield (name, dtype, shape, file) of each tensor in safetensors files.
-
-    The dtype is in safetensors' words, such as "BF16". No tensor is read. Raises
-    ValueError for a damaged file.
-    """
-    for file in files:
-        with open_weights(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (no dict)
-                part = opened.get_slice(name)
-                yield name, part.get_dtype(), tuple(part.get_shape()), file
-
-
 def tensors_sha256(folder) -> str:
     """SHA-256 of a model's tensors, in hex; equal weights have equal hashes.
 
@@ -93,14 +86,6 @@ def tensors_sha256(folder) -> str:
                 found[name] = digest.hexdigest()
     listed = "".join(f"{name} {found[name]}\n" for name in sorted(found))
     return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def embedding_rows(folder) -> int | None:
-    """The rows of a model's input embedding, one per token; None if not found."""
-    for name, _, shape, _ in headers(weight_files(folder)):
-        if name.endswith(EMBEDDINGS):
-            return shape[0]
-    return None
 
 
 def sha256(file) -> str:

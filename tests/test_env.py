@@ -227,8 +227,7 @@ def test_versions_outside_the_tested_range_are_named(monkeypatch):
 def sound(tmp_path, monkeypatch):
     """A machine on which nothing is wrong, whatever this one is."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    for module in (machine, readiness):
-        monkeypatch.setattr(module, "total_ram_gib", lambda: 16.0)
+    monkeypatch.setattr(machine, "total_ram_gib", lambda: 16.0)
     monkeypatch.setattr(
         readiness.shutil, "disk_usage", lambda _: Disk(0, 0, 9 * env.GIB)
     )
@@ -246,7 +245,7 @@ def test_a_missing_library_is_a_fault(sound, monkeypatch):
 
 
 def test_little_memory_is_a_fault(sound, monkeypatch):
-    monkeypatch.setattr(readiness, "total_ram_gib", lambda: 3.9)
+    monkeypatch.setattr(machine, "total_ram_gib", lambda: 3.9)
     [fault] = readiness.check_machine()
     assert fault.startswith("3.9 GiB of memory, 6 are needed") and "Colab" in fault
 
@@ -513,7 +512,7 @@ def test_setup_after_cuda_hides_a_gpu_or_asks_for_a_restart(before, tmp_path):
 
 
 def test_setup_names_every_fault_at_once(sound, monkeypatch):
-    monkeypatch.setattr(readiness, "total_ram_gib", lambda: 2.0)
+    monkeypatch.setattr(machine, "total_ram_gib", lambda: 2.0)
     installed(monkeypatch, trl=None, peft=None)
     with pytest.raises(RuntimeError, match="not ready") as caught:
         env.setup()

@@ -52,24 +52,26 @@ def profile() -> Profile:
     chosen = profile_of(kind or "cpu")
     if chosen.kind != "cpu" and not has_gpu:
         raise RuntimeError(
-            f"profile {kind!r} needs an NVIDIA GPU and torch sees none: unset "
-            "QLORA_PROFILE, or on Colab choose Runtime > Change runtime type > T4 GPU"
+            f"profile {kind!r} needs an NVIDIA GPU, and torch sees none: unset "
+            "QLORA_PROFILE, or choose a T4 under Colab's Runtime > Change runtime type"
         )
     return chosen
 
 
 def profile_of(kind: str) -> Profile:
-    """The profile of another machine, "cpu", "fp16" or "bf16", to plan a run with.
-
-    Raises ValueError for an unknown kind.
-    """
+    """The profile of a kind: "cpu", "fp16" or "bf16". Raises ValueError for others."""
     if kind not in ("cpu", "fp16", "bf16"):
         raise ValueError(f"profile {kind!r} is unknown: take 'cpu', 'fp16' or 'bf16'")
     gpu = kind != "cpu"
+    # ATEN_CPU_CAPABILITY lowers the first answer and not the second
+    native = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    native = native and torch.cpu._is_avx512_bf16_supported()
     if kind == "fp16":
         dtype = torch.float16
-    else:
-        dtype = torch.bfloat16 if gpu or _cpu_has_bf16() else torch.float32
+    elif gpu or native:
+        dtype = torch.bfloat16
+    else:  # a CPU that emulates bf16 takes six times as long
+        dtype = torch.float32
     return Profile(
         kind=kind,
         device=torch.device("cuda", 0) if gpu else torch.device("cpu"),
@@ -82,13 +84,6 @@ def profile_of(kind: str) -> Profile:
         checkpointing=gpu,  # on a CPU time is short, not memory
         base=os.environ.get("QLORA_BASE") or (UNGATED if gpu else "embedded"),
     )
-
-
-def _cpu_has_bf16() -> bool:
-    """True where this CPU multiplies bf16 natively; emulated it is six times slower."""
-    # ATEN_CPU_CAPABILITY lowers the first answer and not the second
-    capability = torch.backends.cpu.get_cpu_capability()
-    return "AVX512" in capability and torch.cpu._is_avx512_bf16_supported()
 
 
 def path(name: str) -> pathlib.Path:
@@ -108,8 +103,7 @@ def cache_dir() -> pathlib.Path:
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise OSError(
-            f"the cache {folder} cannot be written ({error}): set QLORA_CACHE to "
-            "another folder"
+            f"the cache {folder} cannot be written ({error}): set QLORA_CACHE"
         ) from error
     return folder
 
@@ -125,8 +119,7 @@ def check_gib(name, gib) -> None:
     number = isinstance(gib, numbers.Real) and not isinstance(gib, bool)
     if not number or not 0 < gib < LARGEST_GIB:
         raise ValueError(
-            f"{name} is {gib!r}, expected the memory of one GPU in GiB: give a number "
-            f"below {LARGEST_GIB}, such as 15 for a T4"
+            f"{name} is {gib!r}, expected the memory of one GPU in GiB, such as 15"
         )
 
 

@@ -14,14 +14,7 @@ import warnings
 import torch
 from packaging.specifiers import SpecifierSet
 
-from qlora_helpers.env.machine import (
-    GIB,
-    TESTED,
-    cache_dir,
-    profile,
-    total_ram_gib,
-    versions,
-)
+from qlora_helpers.env import machine
 
 LEAST_RAM_GIB = 6  # the course takes at most 4; the rest is the system and a browser
 LEAST_DISK_GIB = 2  # wheel, GGUF and converted weights while the first one is made
@@ -37,56 +30,47 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of malloc.h, for `man mallopt`
 
 def check_machine() -> list[str]:
     """Every reason why the course cannot work here, each with its repair."""
-    faults, ram, free = [], total_ram_gib(), math.inf
+    faults, free, ram = [], math.inf, machine.total_ram_gib()
     try:
-        free = shutil.disk_usage(cache_dir()).free / GIB
+        free = shutil.disk_usage(machine.cache_dir()).free / machine.GIB
     except OSError as error:
         faults.append(str(error))
-    needs = [  # what was found, whether it is enough, what is needed and the repair
-        (
-            f"Python {sys.version.split()[0]}",
-            (3, 11) <= sys.version_info[:2] <= (3, 13),
-            "3.11 to 3.13 is needed: make the virtual environment with one of these",
-        ),
-        (
-            f"{ram:.1f} GiB of memory",
-            ram >= LEAST_RAM_GIB,
-            f"{LEAST_RAM_GIB} are needed: take a larger machine, or Colab",
-        ),
-        (
-            f"{free:.1f} GiB of disk free for the cache",
-            free >= LEAST_DISK_GIB,
-            f"{LEAST_DISK_GIB} are needed: make room, or set QLORA_CACHE to another "
-            "disk",
-        ),
-    ]
-    faults += [f"{found}, {needed}" for found, enough, needed in needs if not enough]
-    missing = [name for name, found in versions().items() if found == "missing"]
-    return faults + [
-        f"{name} is missing: pip install -r requirements.txt" for name in missing
-    ]
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        faults.append(
+            f"Python {platform.python_version()}, 3.11 to 3.13 is needed: install one"
+        )
+    if ram < LEAST_RAM_GIB:
+        faults.append(
+            f"{ram:.1f} GiB of memory, {LEAST_RAM_GIB} are needed: use Colab instead"
+        )
+    if free < LEAST_DISK_GIB:
+        faults.append(
+            f"{free:.1f} GiB of disk free for the cache, {LEAST_DISK_GIB} are needed: "
+            "make room, or set QLORA_CACHE"
+        )
+    for name, version in machine.versions().items():
+        if version == "missing":
+            faults.append(f"{name} is missing: pip install -r requirements.txt")
+    return faults
 
 
 def untested() -> list[str]:
     """The libraries whose version lies outside the range that the tests have seen."""
     return [
-        f"{name} {version} (tested: {TESTED[name]})"
-        for name, version in versions().items()
+        f"{name} {version} (tested: {machine.TESTED[name]})"
+        for name, version in machine.versions().items()
         if version != "missing"
-        and not SpecifierSet(TESTED[name]).contains(version, prereleases=True)
+        and not SpecifierSet(machine.TESTED[name]).contains(version, prereleases=True)
     ]
 
 
 def install_on_colab() -> None:
-    """On Colab or Kaggle, add what is missing and remove what breaks PEFT.
-
-    Raises RuntimeError if pip fails.
-    """
+    """On Colab or Kaggle, add and remove libraries with pip. Raises RuntimeError."""
     # Kaggle's image is built from Colab's, so both are told by what only they set.
     if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         return
-    needed, calls = TESTED | SHIPPING, []
-    found = versions((*needed, "datasets", "torchao"))
+    needed, calls = machine.TESTED | SHIPPING, []
+    found = machine.versions((*needed, "datasets", "torchao"))
     missing = [name + needed[name] for name in needed if found[name] == "missing"]
     # The newest TRL would replace datasets, and with it the pyarrow that the kernel
     # has loaded: what is there stays, and pip takes a TRL that suits it.
@@ -112,9 +96,9 @@ def quiet() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "pip install kernels"
-    # TRL and PEFT pass names that transformers 5.23 renames: theirs to mend, not ours
-    theirs = r"(trl|transformers)\b"
-    warnings.filterwarnings("ignore", category=FutureWarning, module=theirs)
+    # TRL and PEFT pass names that transformers 5.23 has renamed.
+    libraries = r"(trl|transformers)\b"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=libraries)
     # Without ipywidgets tqdm draws its bars as text, which is enough.
     warnings.filterwarnings("ignore", message="IProgress not found")
 
@@ -122,16 +106,16 @@ def quiet() -> None:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next tensor; True where it now does.
 
-    Without this it returns every tensor above 32 MB to the system and asks for it
-    again, zeroed, page by page, which slows training on a CPU.
+    Otherwise glibc returns each tensor above 32 MB to the system and asks for it again,
+    zeroed, page by page, which slows training on a CPU.
     """
-    return _mallopt({MMAP_THRESHOLD: GIB, TRIM_THRESHOLD: GIB})
+    return _mallopt({MMAP_THRESHOLD: machine.GIB, TRIM_THRESHOLD: machine.GIB})
 
 
 def return_freed_memory() -> bool:
     """Let glibc return a tensor's memory once it is freed; True where it now does.
 
-    Without this it keeps tensors of up to 32 MB in a heap that grows to about twice
+    Otherwise glibc keeps tensors of up to 32 MB in a heap, which grows to about twice
     what a merge by small shards holds.
     """
     return _mallopt({MMAP_THRESHOLD: 2**20})
@@ -150,24 +134,24 @@ def show_one_gpu() -> str:
 
     The Trainer spreads a batch over every GPU that its process sees. TRL 1.16 refuses
     that; an older TRL takes more rows per step than the settings say. Nothing changes
-    if a choice was made: CUDA_VISIBLE_DEVICES is set, or LOCAL_RANK, with which
-    torchrun and accelerate give a process its GPU.
+    if the reader chose with CUDA_VISIBLE_DEVICES, or if torchrun or accelerate started
+    this process, which set LOCAL_RANK.
     """
-    chosen = {"CUDA_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys()
-    count = torch.cuda.device_count()
-    if count < 2 or "LOCAL_RANK" in chosen:
+    variable, count = "CUDA_VISIBLE_DEVICES", torch.cuda.device_count()
+    if count < 2 or "LOCAL_RANK" in os.environ:
         return ""
-    if not chosen:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # children inherit it
-    if torch.cuda.device_count() == 1:
-        fact, choice = f"uses the first of {count} GPUs; to use another,", 1
-    else:
-        fact, choice = f"sees {count} GPUs, but training takes only one:", 0
-        if not chosen:  # CUDA had started; without NVML, counting starts it
-            del os.environ["CUDA_VISIBLE_DEVICES"]
+    restart = "restart the kernel and run `import os; os.environ"
+    if variable not in os.environ:
+        os.environ[variable] = "0"  # children inherit it
+        if torch.cuda.device_count() == 1:
+            return (
+                f"This kernel uses the first of {count} GPUs; to use another, "
+                f'{restart}["{variable}"] = "1"` before this cell.'
+            )
+        del os.environ[variable]  # CUDA had started; without NVML, counting starts it
     return (
-        f"This kernel {fact} restart the kernel and run `import os; "
-        f'os.environ["CUDA_VISIBLE_DEVICES"] = "{choice}"` before this cell.'
+        f"This kernel sees {count} GPUs, but training takes only one: "
+        f'{restart}["{variable}"] = "0"` before this cell.'
     )
 
 
@@ -176,18 +160,15 @@ def try_gpu(device: torch.device) -> None:
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
+        name, said = torch.cuda.get_device_name(device), str(error).splitlines()[0]
         raise RuntimeError(
-            f"torch {torch.__version__} cannot compute on the "
-            f"{torch.cuda.get_device_name(device)} ({str(error).splitlines()[0]}): "
-            "choose another GPU, such as a T4, or set QLORA_PROFILE=cpu"
+            f"torch cannot compute on the {name} ({said}): choose a T4, or set "
+            "QLORA_PROFILE=cpu"
         ) from error
 
 
 def setup() -> None:
-    """Make the machine ready, refuse only what cannot work, and say what was found.
-
-    Raises RuntimeError naming every fault and its repair.
-    """
+    """Make the machine ready and say what it is; RuntimeError names every fault."""
     advice = show_one_gpu()  # must run before anything starts CUDA
     quiet()
     keep_freed_memory()
@@ -196,18 +177,15 @@ def setup() -> None:
         raise RuntimeError("this machine is not ready:\n- " + "\n- ".join(faults))
     for line in untested():
         warnings.warn(f"not tested with {line}", stacklevel=2)
-    chosen = profile()
+    chosen = machine.profile()
     if chosen.use_cpu:
-        where = f"CPU, {os.cpu_count()} cores, {total_ram_gib():.0f} GiB"
+        where = f"CPU, {os.cpu_count()} cores, {machine.total_ram_gib():.0f} GiB"
     else:
         try_gpu(chosen.device)
         if advice:
             print(advice)
         gpu = torch.cuda.get_device_properties(chosen.device)
-        where = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
-    python = ".".join(map(str, sys.version_info[:2]))
+        where = f"{gpu.name}, {gpu.total_memory / machine.GIB:.0f} GiB"
+    python = "Python {}.{}".format(*sys.version_info)
     dtype = str(chosen.compute_dtype).removeprefix("torch.")
-    print(
-        f"ready: Python {python}, torch {torch.__version__}, {where}, computes in "
-        f"{dtype}"
-    )
+    print(f"ready: {python}, torch {torch.__version__}, {where}, computes in {dtype}")

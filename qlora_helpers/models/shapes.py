@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from qlora_helpers.env import UNGATED
 from qlora_helpers.models.sources import EMBEDDED, base_folder
 
-CONFIG_NAMES = {  # of the numbers that make a Llama's shape; shapes.toml explains them
+# LlamaConfig's names of the numbers in shapes.toml, which explains them.
+CONFIG_NAMES = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "intermediate": "intermediate_size",
@@ -21,12 +22,11 @@ CONFIG_NAMES = {  # of the numbers that make a Llama's shape; shapes.toml explai
     "positions": "max_position_embeddings",
     "rope": "rope_parameters",
 }
-_FILE = Path(__file__).with_name("shapes.toml")
-_READ = tomllib.loads(_FILE.read_text(encoding="utf-8"))
-HUB_SHAPES = {
-    hub: name for name, shape in _READ.items() for hub in shape.pop("hub", ())
-}
-SHAPES = {name: SimpleNamespace(**shape) for name, shape in _READ.items()}
+SHAPES, HUB_SHAPES = {}, {}  # shapes by name; and the name, by the id of a Hub model
+with Path(__file__).with_name("shapes.toml").open("rb") as _file:
+    for _name, _shape in tomllib.load(_file).items():
+        HUB_SHAPES |= dict.fromkeys(_shape.pop("hub", ()), _name)
+        SHAPES[_name] = SimpleNamespace(**_shape)
 
 
 def config_of(model) -> LlamaConfig:
@@ -39,8 +39,7 @@ def config_of(model) -> LlamaConfig:
         return model
     if not isinstance(model, str | os.PathLike):
         raise TypeError(
-            f"model is {type(model).__name__}, expected a LlamaConfig, or the name of "
-            f"one of the shapes {list(SHAPES)}, of a folder or of a model on the Hub"
+            f"model is {type(model).__name__}, expected a LlamaConfig or a model's name"
         )
     if model in SHAPES or model in HUB_SHAPES:
         return llama_config(HUB_SHAPES.get(model, model))
@@ -51,13 +50,10 @@ def config_of(model) -> LlamaConfig:
         )
     found, _ = LlamaConfig.get_config_dict(base_folder(model, weights=False))
     if found.get("model_type") != "llama":
-        raise ValueError(
-            f"{model} is not a Llama (its model_type is {found.get('model_type')!r})"
-        )
+        kind = found.get("model_type")
+        raise ValueError(f"{model} is not a Llama (its model_type is {kind!r})")
     if "quantization_config" in found:
-        raise ValueError(
-            f"{model} is already quantized: give the model that it was made from"
-        )
+        raise ValueError(f"{model} is already quantized: give the model it came from")
     return LlamaConfig.from_dict(found)
 
 

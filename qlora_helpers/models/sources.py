@@ -5,23 +5,17 @@ from collections import namedtuple
 from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
+from transformers import AutoConfig
 
+from qlora_helpers import model_files
 from qlora_helpers.env import UNGATED
-from qlora_helpers.model_files import (
-    CONFIGS,
-    INDEX,
-    SINGLE,
-    TOKENIZER,
-    embedding_rows,
-    read_json,
-    tensors_sha256,
-)
+from qlora_helpers.model_files import INDEX, read_json
 from qlora_helpers.models.embedded import SMOLLM2, embedded_dir
 
 EMBEDDED = "embedded"
 ADAPTER = "adapter_config.json"  # PEFT's file, which marks an adapter
-# name, as load_base takes it; parameters, tied ones counted once; licence; and whether
-# the Hub asks to accept that licence first
+# name: as load_base takes it; parameters: tied ones count once; gated: True if the Hub
+# asks a reader to accept the licence first
 KnownModel = namedtuple("KnownModel", "name parameters licence gated")
 KNOWN_MODELS = [
     KnownModel(EMBEDDED, 134_515_008, "Apache-2.0", False),
@@ -33,37 +27,34 @@ KNOWN_MODELS = [
 
 
 def base_folder(name=EMBEDDED, revision=None, weights: bool = True) -> Path:
-    """The folder of a base; a Hub id is fetched, without `weights` its small files.
+    """The folder of a base: "embedded", a folder, or a Hub id, which is fetched.
 
-    name: "embedded", a folder, or a Hub id. revision: a commit, tag or branch of the
-    Hub id; by default the newest commit, or the cached one without a network.
+    revision: a commit, tag or branch of the Hub id; by default the newest commit, or
+    the cached one without a network. weights: False to fetch only the small files.
 
     Raises PermissionError (gated), ConnectionError (no network), FileNotFoundError (no
-    model), ValueError for an adapter or for a revision without a Hub id, and the Hub's
-    own errors.
+    model), ValueError (an adapter, a revision without a Hub id), and the Hub's errors.
     """
     here = embedded_dir() if name == EMBEDDED else Path(name).expanduser()
     on_hub = not here.is_dir() or not str(name)
     if revision is not None and not on_hub:
         raise ValueError(
-            f"revision={revision!r} is given for {name!r}, but only a model of the Hub "
-            "has revisions: leave the revision out"
+            f"revision={revision!r} for {name!r}: only a model of the Hub has revisions"
         )
     if on_hub:
-        here = _fetch(str(name), revision, [*CONFIGS, *TOKENIZER, INDEX, ADAPTER])
+        small = [*model_files.CONFIGS, *model_files.TOKENIZER, INDEX, ADAPTER]
+        here = _fetch(str(name), revision, small)
     if (here / ADAPTER).exists():
-        base = read_json(here / ADAPTER, "peft_type").get("base_model_name_or_path")
+        config = read_json(here / ADAPTER, "peft_type")
+        base = config.get("base_model_name_or_path") or "not named"
         raise ValueError(
-            f"{name} is an adapter, but a base model was expected: load its base"
-            f"{f' ({base})' if base else ''}, then put the adapter on it with "
-            "adapters.load_adapter"
+            f"{name} is an adapter, but a base model was expected: load its base "
+            f"({base}), then put the adapter on it with adapters.load_adapter"
         )
     if not (here / "config.json").exists():
-        raise FileNotFoundError(
-            f"{name} holds no config.json: give the folder or the Hub id of a model"
-        )
+        raise FileNotFoundError(f"{name} holds no config.json, so it is no model")
     if on_hub and weights:
-        files = [SINGLE]
+        files = [model_files.SINGLE]
         if (here / INDEX).exists():
             files += read_json(here / INDEX, "weight_map")["weight_map"].values()
         # A repository can hold a second set of weights, which transformers ignores.
@@ -75,8 +66,7 @@ def _fetch(name: str, revision, files: list[str]) -> Path:
     """The snapshot of a Hub id, with these files where the repository has them."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
-            f"{name!r} is neither {EMBEDDED!r}, nor a directory here, nor a Hub id "
-            f"like {UNGATED!r}"
+            f"{name!r} is neither {EMBEDDED!r}, nor a directory here, nor a Hub id"
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
@@ -94,21 +84,22 @@ def _fetch(name: str, revision, files: list[str]) -> Path:
 
 
 def base_identity(name=EMBEDDED, revision=None) -> dict:
-    """What an adapter's note must say of its base.
+    """What an adapter's note must say of its base. Raises what base_folder does.
 
-    Returns name (never a path), revision (the commit of a Hub id, the embedded model's
-    wheel, else None), tensors_sha256 and rows (of the embedding, one per token). Raises
-    what base_folder does.
+    name: never a path. revision: the commit of a Hub id, the hash of the embedded
+    model's wheel, else None. tensors_sha256. rows: of the embedding, one per token.
     """
     folder = base_folder(name, revision)
-    called, commit = str(name), folder.name  # .../snapshots/COMMIT
     if name == EMBEDDED:
         called, commit = f"{SMOLLM2.requirement}/{SMOLLM2.folder}", SMOLLM2.sha256
     elif Path(name).expanduser().is_dir():
         called, commit = folder.resolve().name, None
+    else:
+        called, commit = str(name), folder.name  # .../snapshots/COMMIT
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return {
         "name": called,
         "revision": commit,
-        "tensors_sha256": tensors_sha256(folder),
-        "rows": embedding_rows(folder),
+        "tensors_sha256": model_files.tensors_sha256(folder),
+        "rows": config.get_text_config().vocab_size,
     }

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_helpers import models
-from qlora_helpers.model_files import open_weights
+from qlora_helpers.model_files import has_tokenizer, open_weights
 from qlora_helpers.ship.mergeable import check_tensors, tensors_of
 
 KINDS = ("F16", "BF16", "Q8_0")
-# What llama.cpp's Llama can follow, of config.json and its rope_parameters.
+# The values in config.json, and in its rope_parameters, that llama.cpp's Llama follows.
 CAN_BE = {
     "quantization_config": (None,),
     "model_type": ("llama",),
@@ -26,7 +26,7 @@ CAN_BE = {
 }
 CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
 OURS = "qlora_helpers.written"  # the key of a file that may be replaced
-OWN_KEYS = re.compile(  # follow from the folder, and are not copied from the source
+OWN_KEYS = re.compile(  # keys that are the folder's, and not copied from the source
     r"general\.(architecture|alignment|file_type|quantization_version)|"
     r"tokenizer\.ggml\.(eos_token_id|bos_token_id|add_bos_token|add_eos_token)|"
     r"tokenizer\.chat_template.*"
@@ -38,9 +38,8 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     """Write a merged Llama as one GGUF file, whole or not at all.
 
     folder: of a merged model. source: the base's own GGUF, whose vocabulary is copied;
-    network, end token and chat template are the folder's. kind: the type of the
-    matrices, one of KINDS; norms stay fp32. If a base has no GGUF, llama.cpp's
-    `convert_hf_to_gguf.py` makes one.
+    if there is none, llama.cpp's `convert_hf_to_gguf.py` makes one. kind: the type of
+    the matrices, one of KINDS; norms stay fp32.
 
     Raises ValueError for whatever llama.cpp would not open or would read wrongly,
     FileNotFoundError for a missing file, and FileExistsError for a `file` that must not
@@ -51,13 +50,12 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
     folder, source, file = (Path(p).expanduser() for p in (folder, source, file))
     check_place(file, source)
     config, tensors = read_model(folder, kind)
-    if not any(folder.glob("tokenizer*")):
+    if not has_tokenizer(folder):
         raise FileNotFoundError(f"{folder} holds no tokenizer: copy the base's into it")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     shorts = {short for _, short in tensors.values()}
     reader = read_source(source, config, tokenizer, shorts)
     stretched = config.rope_parameters["rope_type"] != "default"
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as beside:
         made = Path(beside) / file.name
@@ -66,8 +64,8 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
         for key, field in reader.fields.items():
             copied = key.startswith(("general.", "tokenizer."))
             if copied and not OWN_KEYS.fullmatch(key):
-                main, sub = [*field.types, None][:2]
-                writer.add_key_value(key, field.contents(), main, sub_type=sub)
+                outer, inner = field.types[0], field.types[-1]  # a list's, its items'
+                writer.add_key_value(key, field.contents(), outer, sub_type=inner)
         for key, value in network_keys(config).items():
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(key, value)
@@ -79,8 +77,10 @@ def to_gguf(folder, source, file, kind: str = "F16") -> Path:
         for name, (shard, short) in tqdm(tensors.items(), desc=file.name, delay=5):
             with open_weights(shard) as opened:
                 weight = opened.get_tensor(name)
-            if projection := next((p for p in heads if p in name), None):
-                weight = interleave(weight, heads[projection])
+            if "q_proj" in name:
+                weight = interleave(weight, config.num_attention_heads)
+            elif "k_proj" in name:
+                weight = interleave(weight, config.num_key_value_heads)
             add_tensor(writer, short, weight, kind if weight.ndim == 2 else "F32")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -115,7 +115,8 @@ def read_model(folder: Path, kind: str):
     given = config.to_dict()
     given |= given.get("rope_parameters") or {}
     for name, allowed in CAN_BE.items():
-        if (value := given.get(name, allowed[0])) not in allowed:
+        value = given.get(name, allowed[0])
+        if value not in allowed:
             expected = " or ".join(map(str, allowed))
             raise ValueError(
                 f"{folder} has {name} {value!r}, expected {expected}; {CONVERTER}"
@@ -163,36 +164,35 @@ def read_source(source, config, tokenizer, shorts: set[str]) -> gguf.GGUFReader:
         tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     except Exception as error:  # GGUFReader raises many kinds, none of its own
         raise ValueError(
-            f"{source} cannot be read as GGUF ({error!r}): give the base's own GGUF"
+            f"{source} cannot be read as GGUF ({error!r}): give the base's own"
         ) from None
+    differ, factors = [], rope_factors(config).numpy()
+
+    def compare(what, theirs, ours):
+        if theirs != ours:
+            differ.append(
+                f"{what} is {theirs!r} in the source and {ours!r} in the folder"
+            )
+
     here = network_keys(config) | {"general.architecture": "llama"}
-    rows = [  # what it is, in the source, in the folder
-        (key, field.contents(), here.get(key))
-        for key, field in reader.fields.items()
-        if key in here or key.startswith("llama.")
-    ]
-    rows.append(("the number of tokens", len(tokens), config.vocab_size))
+    for key, field in reader.fields.items():
+        if key in here or key.startswith("llama."):
+            compare(key, field.contents(), here.get(key))
+    compare("the number of tokens", len(tokens), config.vocab_size)
     there = dict(enumerate(tokens))
     for token, number in tokenizer.get_vocab().items():
-        rows.append((f"token {number}", there.get(number), token))
-    differ = [
-        f"{what} is {theirs!r} in the source and {ours!r} in the folder"
-        for what, theirs, ours in rows
-        if theirs != ours
-    ]
-    factors = rope_factors(config).numpy()
+        compare(f"token {number}", there.get(number), token)
     for tensor in reader.tensors:
         if tensor.name == FACTORS:
-            same = tensor.data.shape == factors.shape
-            if not (same and np.allclose(tensor.data, factors)):
+            same_shape = tensor.data.shape == factors.shape
+            if not same_shape or not np.allclose(tensor.data, factors):
                 differ.append(f"{FACTORS} in the source is not config.json's RoPE")
         elif tensor.name not in shorts | {"output.weight"}:  # it may hold a tied head
             differ.append(f"the source has {tensor.name} but the folder does not")
     if differ:
         raise ValueError(
-            f"the source is not the GGUF of this model's base ({len(differ)} differ: "
-            f"{'; '.join(differ[:4])}): give the base's own GGUF; if there are new "
-            f"tokens, {CONVERTER}"
+            f"the source is another model's ({'; '.join(differ[:4])}): give the base's "
+            f"own GGUF; if there are new tokens, {CONVERTER}"
         )
     return reader
 
@@ -205,8 +205,8 @@ def add_tokenizer(writer, tokenizer, folder: Path, config) -> None:
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if end is None or end not in (ends if isinstance(ends, list) else [ends]):
         raise ValueError(
-            f"the tokenizer of {folder} ends at token {end} but its generation_config."
-            f"json at {ends}, and llama.cpp follows the tokenizer: make the two agree"
+            f"the tokenizer of {folder} ends at token {end} but its config at {ends}, "
+            "and llama.cpp follows the tokenizer: make the two agree"
         )
     writer.add_eos_token_id(end)
     starts = start is not None and tokenizer("?").input_ids[:1] == [start]
@@ -241,8 +241,8 @@ def add_tensor(writer, name: str, weight: torch.Tensor, kind: str) -> None:
     weight = weight.float()
     if not (weight.abs() <= most).all():
         raise ValueError(
-            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} cannot hold:"
-            " take BF16, or find out where it comes from"
+            f"{name} holds NaN or a number beyond {most:.5g}, which {kind} "
+            "cannot hold: take BF16"
         )
     dtype = gguf.GGMLQuantizationType[kind]
     packed = gguf.quants.quantize(weight.numpy(), dtype)

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from qlora_helpers import adapters, env, folders, model_files, models
 from qlora_helpers.memory import private_peak
-from qlora_helpers.model_files import open_weights
 from qlora_helpers.models import base_folder
 from qlora_helpers.ship.mergeable import four_bit_weights, read_pairs, tensors_of
 
@@ -51,9 +50,8 @@ def merge_folder(
 
     base: as load_base takes it; of a Hub id the commit that the adapter's note names.
     adapter: a folder of `adapters.save_adapter`. into: "dequantized", the NF4 weights
-    that the adapter was trained on, in 16 bits, or "original", the base's own. Weights
-    keep the dtype of the base's files. Held at once are one shard of `shard_bytes` and
-    the work on one matrix: `work_bytes`.
+    that the adapter was trained on, or "original", the base's own. Weights keep the
+    dtype of the base's files. `work_bytes` predicts what is held at once.
 
     Raises ValueError for an adapter that is more than B A, and what `check_adapter`
     raises; FileExistsError if `out` is the base or the adapter, or holds anything that
@@ -68,7 +66,7 @@ def merge_folder(
     source = inputs["the base"] = base_folder(base, revision)
     pairs = read_pairs(adapter, source)
     adapters.check_adapter(adapter, models.base_identity(base, revision))
-    linear = four_bit_weights(source, adapter) if into == "dequantized" else {}
+    four_bit = four_bit_weights(source, adapter) if into == "dequantized" else {}
     files = tensors_of(source)
     shards = split(files, shard_bytes)
     facts = {"base": known["name"], "revision": known["revision"], "into": into}
@@ -76,9 +74,9 @@ def merge_folder(
         for file, names in shards.filename_to_tensors.items():
             shard = {}
             for name in tqdm(names, desc=f"merging {file}", delay=5):
-                with open_weights(files[name][0]) as opened:
+                with model_files.open_weights(files[name][0]) as opened:
                     weight = opened.get_tensor(name)
-                shard[name] = merge_tensor(weight, pairs.get(name), linear.get(name))
+                shard[name] = merge_tensor(weight, pairs.get(name), four_bit.get(name))
             save_file(shard, made / file, metadata={"format": "pt"})
         if shards.is_sharded:
             where = shards.tensor_to_filename
@@ -86,8 +84,8 @@ def merge_folder(
             (made / model_files.INDEX).write_text(json.dumps(index, indent=1), "utf-8")
         copy_rest(source, made, model_files.CONFIGS)
         # whole from one of them: a chat template of the other would change the prompt
-        own = any((adapter / name).exists() for name in model_files.VOCABULARIES)
-        copy_rest(adapter if own else source, made, model_files.TOKENIZER)
+        tokenizer = adapter if model_files.has_tokenizer(adapter) else source
+        copy_rest(tokenizer, made, model_files.TOKENIZER)
     return Path(out).expanduser()
 
 
@@ -122,9 +120,10 @@ def work_bytes(base: str, adapter, into: str, shard_bytes: int) -> int:
     changed = set(pairs)
     if into == "dequantized":
         changed |= set(four_bit_weights(source, adapter))
-    size = {name: files[name][1].nbytes for name in changed}
-    shards = split(files, shard_bytes).filename_to_tensors.values()
-    fullest = max(sum(size.get(name, 0) for name in names) for names in shards)
+    fullest = 0
+    for names in split(files, shard_bytes).filename_to_tensors.values():
+        held = sum(files[name][1].nbytes for name in changed.intersection(names))
+        fullest = max(fullest, held)
     largest = max(files[name][1].numel() for name in pairs)
     kept = sum(A.nbytes + B.nbytes for A, B, _ in pairs.values())
     return fullest + WORK[into] * largest + kept

@@ -24,21 +24,21 @@ SETTINGS = (
 # Initializations of A and B that keep the base; others first subtract B A from it.
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+IN_MEMORY = "merge it in memory, with PEFT's merge_and_unload(), and check the result"
 
 
 def tensors_of(folder) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Each tensor's file, and its shape and dtype as a tensor on torch's meta device.
+    """Each tensor's file, and the tensor on torch's meta device, without its numbers.
 
     Raises ValueError for a model that is not in 16 or 32 bits.
     """
     found = {}
     for file in model_files.weight_files(folder):
-        model_files.open_weights(file)  # a clear error where the file is damaged
         for name, tensor in load_state_dict(file, map_location="meta").items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(
                     f"{name} in {file} is {tensor.dtype}, expected 16 or 32 bits: give "
-                    "a model that is not quantized, or merge it first"
+                    "a model that is not quantized"
                 )
             found[name] = file, tensor
     return found
@@ -46,12 +46,16 @@ def tensors_of(folder) -> dict[str, tuple[Path, torch.Tensor]]:
 
 def check_tensors(folder, files: dict, model) -> None:
     """Raise ValueError unless files hold what the model of config.json needs."""
-    for name, wanted in model.state_dict().items():
-        found = [*files[name][1].shape] if name in files else "missing"
-        tied = name not in files and name in model.all_tied_weights_keys
-        if found != [*wanted.shape] and not tied:
+    for name, tensor in model.state_dict().items():
+        if name in files:
+            found = [*files[name][1].shape]
+        elif name in model.all_tied_weights_keys:
+            continue
+        else:
+            found = "missing"
+        if found != [*tensor.shape]:
             raise ValueError(
-                f"{name} is {found} in {folder}, but {[*wanted.shape]} by config.json: "
+                f"{name} is {found} in {folder}, but {[*tensor.shape]} by config.json: "
                 "copy or merge the model again"
             )
 
@@ -59,9 +63,9 @@ def check_tensors(folder, files: dict, model) -> None:
 def read_pairs(adapter, source) -> dict[str, tuple]:
     """For each weight of the base that an adapter changes: A, B and alpha / r.
 
-    source: the folder of the base. Raises ValueError, naming the setting or the tensor,
-    for an adapter that does more than add (alpha / r) B A to weights of the unchanged
-    base, and for an adapter or a base that is incomplete or does not fit the other.
+    source: the folder of the base. Raises ValueError, with the setting or the tensor,
+    for an adapter that does more than add (alpha / r) B A to the unchanged base, and
+    for an adapter or a base that is incomplete or does not fit the other.
     """
     adapter = Path(adapter).expanduser()
     config = _plain_lora(adapter)
@@ -74,10 +78,10 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
     saved = adapters.tensor_names(adapter)
     tensors, pairs = load_file(adapter / adapters.WEIGHTS), {}
     for name in sorted(saved & set(wanted)):
-        if tensors[name].shape != (shape := wanted[name].shape):
+        if tensors[name].shape != wanted[name].shape:
             raise ValueError(
-                f"{name} in {adapter} is not {[*shape]}, as base and config ask: give "
-                "the base that it was trained on, or save the adapter again"
+                f"{name} in {adapter} is not {[*wanted[name].shape]}, as base and "
+                "config ask: give the base that it was trained on"
             )
     adapters.check_whole(adapter, saved, set(wanted))
     for module, layer in model.named_modules():
@@ -88,13 +92,12 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
             pairs[f"{module.removeprefix(PREFIX)}.weight"] = A, B, scaling
     if tensors:
         raise ValueError(
-            f"the adapter in {adapter} holds {sorted(tensors)[0]}, so it is more than "
-            f"B A: {IN_MEMORY}"
+            f"{adapter} holds {min(tensors)}, so it is more than B A: {IN_MEMORY}"
         )
-    for name in pairs.keys() - files.keys():
+    if absent := pairs.keys() - files.keys():
         raise ValueError(
-            f"the adapter changes {name}, which the base does not hold, for example "
-            "because it is tied to the embedding: train without it"
+            f"the adapter changes {min(absent)}, which the base does not hold (perhaps "
+            "it is tied to the embedding): train without it"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if (needed := adapters.token_rows(adapter)) > rows:
@@ -105,26 +108,24 @@ def read_pairs(adapter, source) -> dict[str, tuple]:
     return pairs
 
 
-IN_MEMORY = "merge it in memory, with PEFT's merge_and_unload(), and check the result"
-
-
 def _plain_lora(adapter) -> LoraConfig:
     """The config of an adapter. Raises ValueError for a setting that is not merged."""
     given = model_files.read_json(adapter / adapters.CONFIG, "peft_type")
     start = given.pop("init_lora_weights", True)
-    if (start.lower() if isinstance(start, str) else start) not in STARTS:
+    lowered = start.lower() if isinstance(start, str) else start
+    if lowered not in STARTS:
         raise ValueError(
-            f"the adapter in {adapter} was initialized with init_lora_weights={start!r}"
-            ", which changed its base: save the adapter again with PEFT's "
-            "path_initial_model_for_weight_conversion"
+            f"{adapter} was initialized with init_lora_weights={start!r}, which changed"
+            " its base: save it with PEFT's path_initial_model_for_weight_conversion"
         )
     usual = LoraConfig().to_dict()
-    for key in ("peft_type", *given):
+    for key in ("peft_type", *given):  # another kind of adapter is named first
         value, default = given[key], usual.get(key)
-        if key not in SETTINGS and value != default and (value or default):
+        both_off = not value and not default  # None, False or empty
+        if key not in SETTINGS and value != default and not both_off:
             raise ValueError(
-                f"the adapter in {adapter} has {key}={value!r}, which is more than B A "
-                f"or newer than the installed PEFT: {IN_MEMORY}"
+                f"{adapter} has {key}={value!r}, which is more than B A or newer than "
+                f"the installed PEFT: {IN_MEMORY}"
             )
     config = PeftConfig.from_pretrained(adapter)
     config.init_lora_weights = False
@@ -141,10 +142,13 @@ def four_bit_weights(source, adapter) -> dict[str, torch.dtype]:
     nf4 = quantization.load_in_4bit and quantization.bnb_4bit_quant_type == "nf4"
     if not (nf4 and quantization.bnb_4bit_use_double_quant):
         raise ValueError(
-            f"the adapter in {adapter} was trained on a base quantized as {given}, not "
-            'in NF4 with double quantization: take into="original"'
+            f"{adapter} was trained on a base quantized as {given}, not in NF4 with "
+            'double quantization: take into="original"'
         )
     dtype = quantization.bnb_4bit_compute_dtype
     model, _ = models.skeleton(AutoConfig.from_pretrained(source), quantization, dtype)
-    layers = model.named_modules()
-    return {f"{n}.weight": dtype for n, m in layers if isinstance(m, Linear4bit)}
+    return {
+        f"{name}.weight": dtype
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from qlora_helpers.adapters import CONFIG, PICKLES, tensor_names
-from qlora_helpers.model_files import open_weights, read_json, weight_files
+from qlora_helpers.model_files import read_json, weight_files
 
 
 def push(folder, repo_id: str, private: bool = True) -> str:
@@ -15,30 +15,27 @@ def push(folder, repo_id: str, private: bool = True) -> str:
     everything in it is uploaded. private: for a new repository; one that exists stays
     as it is. The Hub's address is HF_ENDPOINT's.
 
-    Raises FileNotFoundError where a file is missing, and ValueError where weights are
-    damaged or pickled or the card is missing, all before the Hub is asked;
-    LocalTokenNotFoundError where there is no token; HfHubHTTPError or ConnectionError
-    where the Hub refuses it (401, 403).
+    Raises, before the Hub is asked, FileNotFoundError for a missing file, ValueError
+    for damaged or pickled weights or a missing card, and LocalTokenNotFoundError;
+    then HfHubHTTPError or ConnectionError where the Hub refuses it (401, 403).
     """
     folder = Path(folder).expanduser()
     # in its folders too: a Trainer's checkpoints hold optimizer.pt
     pickles = [file for file in folder.rglob("*") if file.suffix.lower() in PICKLES]
     if pickles:
         raise ValueError(
-            f"{sorted(pickles)[0]} is a pickle, and loading one can run any code: "
-            "move the file out of the folder, and push weights only as *.safetensors"
+            f"{min(pickles)} is a pickle, and loading one can run any code: move the "
+            "file out of the folder"
         )
     if (folder / CONFIG).exists():
         tensor_names(folder)
     else:
         read_json(folder / "config.json", "model_type")
-        for file in weight_files(folder):
-            open_weights(file)
+        weight_files(folder)
     card = folder / "README.md"
     if not card.is_file() or not card.read_text("utf-8").strip():
         raise ValueError(
-            f"{folder} has no README.md, or an empty one: write a card, for example "
-            "with card.write_card or card.write_adapter_card"
+            f"{folder} has no README.md, or an empty one: write it with card.write_card"
         )
     api = HfApi(token=True)  # raises an error where no token is found
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
