@@ -70,6 +70,13 @@ def open_weights(file):
         ) from None
 
 
+def tensor_shapes(file) -> dict[str, list[int]]:
+    """The shape of each tensor in a safetensors file, read from its header."""
+    with open_weights(file) as opened:
+        names = opened.keys()
+        return {name: opened.get_slice(name).get_shape() for name in names}
+
+
 def tensors_sha256(folder) -> str:
     """SHA-256 of a model's tensors, in hex; equal weights have equal hashes.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qlora_helpers.model_files import headers, read_json
+from qlora_helpers.model_files import read_json, tensor_shapes
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -55,7 +55,7 @@ def tensor_names(folder: Path) -> set[str]:
                 f"not opened; ask its author for {WEIGHTS}"
             )
         raise FileNotFoundError(f"{folder} lacks {WEIGHTS}: copy the adapter again")
-    return {name for name, *_ in headers([folder / WEIGHTS])}
+    return set(tensor_shapes(folder / WEIGHTS))
 
 
 def check_identity(base) -> None:
@@ -121,7 +121,7 @@ def token_rows(folder) -> int:
 
 def saved_rows(folder: Path) -> int:
     """The rows for tokens that an adapter holds, both in and out; 0 if it has none."""
-    shapes = {name: shape for name, _, shape, _ in headers([folder / WEIGHTS])}
+    shapes = tensor_shapes(folder / WEIGHTS)
     rows = [shapes[name][0] for name in shapes if name.endswith(ROWS)]
     return min(rows) if len(rows) == len(ROWS) else 0
 
