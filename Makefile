@@ -35,7 +35,8 @@ run: setup
 
 test: setup
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests --ignore=tests/test_twice.py
+	$(PY) -m pytest tests/test_twice.py notebooks
 
 outputs: setup
 	$(PY) -m tools.course outputs $(NOTEBOOKS)

@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from qlora_helpers.env import machine
 
-LEAST_RAM_GIB = 6  # the course takes at most 4; the rest is the system and a browser
+LEAST_RAM_GIB = 6  # the course takes up to 5; the rest is the system and a browser
 LEAST_DISK_GIB = 2  # wheel, GGUF and converted weights while the first one is made
 # of 07: what writes the GGUF file, serves it, and asks the server
 SHIPPING = {"gguf": ">=0.17,<1", "openai": ">=2,<4", "xllamacpp": ">=2026.4,<2027"}
