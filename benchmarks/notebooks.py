@@ -9,6 +9,7 @@ more GPU memory than that: the profile of a T4 (QLORA_PROFILE=fp16) under 15 GiB
 
 import argparse
 import json
+import os
 import time
 
 import common
@@ -39,9 +40,11 @@ def measure(path, cap: float | None, outputs: bool) -> dict:
     if outputs:
         course.store(path, done)
     dtype = str(machine.compute_dtype).removeprefix("torch.")
+    cores = os.cpu_count()
+    cpu = "two CPU cores" if cores == 2 else f"{cores} CPU cores"
     return {
         "notebook": path.stem,
-        "machine": "two CPU cores" if machine.use_cpu else recorder.facts()["gpu"],
+        "machine": cpu if machine.use_cpu else recorder.facts()["gpu"],
         "computes_in": dtype,
         "cap_gib": cap,
         "seconds": seconds,

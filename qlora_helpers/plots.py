@@ -60,7 +60,9 @@ def label_ends(ax) -> None:
 
     lines.sort(key=height)
     heights = [height(line) for line in lines]
-    for _ in range(100):  # labels that overlap move apart, both by as much
+    # labels that overlap move apart, both by as much; adjustText (1.4) also moves them
+    # sideways, each by another length, so that they no longer stand in one column
+    for _ in range(100):
         for upper in range(1, len(heights)):
             overlap = max(0, heights[upper - 1] + GAP - heights[upper])
             heights[upper - 1] -= overlap / 2

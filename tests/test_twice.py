@@ -132,6 +132,7 @@ def test_each_cell_ends_the_same_when_it_is_run_again(number, reports):
 
 @pytest.mark.parametrize("number", NOTEBOOKS)
 def test_the_small_settings_are_settings(number):
+    assert number in SMALL, f"give SMALL settings with which {number} takes seconds"
     [cell] = [
         cell
         for cell in nbformat.read(NOTEBOOKS[number], as_version=4).cells

@@ -152,7 +152,8 @@ def _continue(model, prompts, ends, max_new_tokens):
     longest = max(map(len, prompts))
     inputs, mask = [], []
     for ids in prompts:
-        # The padding stands before the question: an answer must follow its last token.
+        # An answer must follow the question's last token, so the padding stands before
+        # the question, behind the shared start, where no tokenizer puts it.
         padding = longest - len(ids)
         inputs.append(ids[:shared] + [ends[0]] * padding + ids[shared:])
         mask.append([1] * shared + [0] * padding + [1] * (len(ids) - shared))
