@@ -123,17 +123,20 @@ def errors(notebook, path):
     for i, cell in enumerate(code_cells(notebook), start=1):
         failed = any(output.output_type == "error" for output in cell.outputs)
         if failed and not tagged(cell, "raises-exception"):
-            yield f"code cell {i} failed"
+            yield f"code cell {i} failed: mend it, or tag it raises-exception"
 
 
 def metadata(notebook, path):
     expected = {"kernelspec": course.KERNEL, "language_info": {"name": "python"}}
     if notebook.metadata != expected:
-        yield f"notebook metadata is {dict(notebook.metadata)}, expected {expected}"
+        yield (
+            f"notebook metadata is {dict(notebook.metadata)}, expected {expected}: "
+            "run make outputs"
+        )
     for cell in notebook.cells:
         more = set(cell.metadata) - {"tags", "output_sha256"}
         if more:
-            yield f"cell {cell.id} has metadata {sorted(more)}"
+            yield f"cell {cell.id} has metadata {sorted(more)}: run make outputs"
         for output in cell.get("outputs", []):
             if course.WIDGET in output.get("data", {}):
                 yield f"cell {cell.id} stores a widget"
