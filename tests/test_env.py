@@ -809,6 +809,8 @@ def test_an_interrupted_clone_may_clean_up(address, alone, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # tests that run in a shell's background inherit that interrupts are ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (alone / "course" / "qlora_helpers" / "card.py").exists():
         assert running.poll() is None
