@@ -163,6 +163,9 @@ def parrot():
 
 
 PROMPTS = [f"{question}<answer>" for question in LESSONS]
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+)
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +174,8 @@ def nf4_parrot(parrot, tmp_path_factory):
     model, tokenizer = parrot
     folder = tmp_path_factory.mktemp("parrot")
     model.save_pretrained(folder)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
     quantized = LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=nf4, device_map="cpu"
+        folder, dtype=torch.float32, quantization_config=NF4, device_map="cpu"
     )
     never_repack(quantized)
     return quantized, tokenizer
@@ -309,14 +308,10 @@ def test_what_cannot_be_answered_is_refused(prompts, batch_size, words, parrot):
 def test_a_peft_model_answers_and_still_trains(kind, parrot, tmp_path):
     model, tokenizer = parrot
     model.save_pretrained(tmp_path)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
     base = LlamaForCausalLM.from_pretrained(
         tmp_path,
         dtype=torch.bfloat16 if kind == "bf16" else torch.float32,
-        quantization_config=nf4 if kind == "nf4" else None,
+        quantization_config=NF4 if kind == "nf4" else None,
         device_map="cpu",
     )
     plain = generate_answers(base, tokenizer, PROMPTS)
