@@ -11,7 +11,9 @@ CONFIG = "adapter_config.json"
 NOTE = "base.json"  # says what the adapter was trained on
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # What must be equal in two BitsAndBytesConfigs. The compute dtype may differ.
-QUANTIZED = "load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant"
+QUANTIZED = (
+    "load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant"
+).split()
 ROWS = (".embed_tokens.weight", ".lm_head.weight")  # they have a row for each token
 
 
@@ -79,7 +81,7 @@ def check_adapter(folder, base: dict, quantization=None) -> set[str]:
     here = {"tensors_sha256": base["tensors_sha256"]}
     if quantization is not None and trained_on.get("quantization"):
         saved = BitsAndBytesConfig(**trained_on["quantization"])  # adds the defaults
-        for key in QUANTIZED.split():
+        for key in QUANTIZED:
             there[key] = getattr(saved, key)
             here[key] = getattr(quantization, key, None)
     for key in there:
