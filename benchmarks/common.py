@@ -4,7 +4,10 @@ Importing this module lets a benchmark find `qlora_helpers` and `tools`, so that
 `python benchmarks/sizes.py` needs no PYTHONPATH.
 """
 
+import concurrent.futures
+import contextlib
 import gc
+import math
 import multiprocessing
 import os
 import pathlib
@@ -74,6 +77,34 @@ def _received(receiver) -> dict | None:
         return None
 
 
+def shared_out(measure, items, workers: int):
+    """Yield `measure(item)` for each item, in order, from so many processes.
+
+    Each process sees one GPU of the machine, if there is any, and they take turns.
+    `measure` is a function at a module's top level.
+    """
+    context, variable = multiprocessing.get_context("spawn"), "CUDA_VISIBLE_DEVICES"
+    count = max(1, torch.cuda.device_count())
+    share = math.ceil(workers / count)
+    found, was = {}, os.environ.get(variable)
+    with contextlib.ExitStack() as stack:
+        for gpu in range(count):
+            pool = concurrent.futures.ProcessPoolExecutor(share, mp_context=context)
+            stack.enter_context(pool)
+            os.environ[variable] = str(gpu)  # its processes start as work is submitted
+            for place in range(gpu, len(items), count):
+                found[place] = pool.submit(_quietly, measure, items[place])
+        os.environ.pop(variable)
+        os.environ.update({} if was is None else {variable: was})
+        for place in range(len(items)):
+            yield found[place].result()
+
+
+def _quietly(measure, item):
+    env.quiet()
+    return measure(item)
+
+
 def record(name: str, rows, same: tuple) -> None:
     """Write each row to the recording `name` as soon as it arrives.
 
@@ -110,21 +141,28 @@ def scratch() -> str:
     return str(env.cache_dir() / "benchmarks")
 
 
-def recipe_trainer(base, tokenizer, settings, rank=16, dataset=None):
-    """Return a checked trainer of notebook 06's recipe, with new adapters on `base`.
+def recipe_trainer(base, tokenizer, settings, rank=16, dataset=None, validation=None):
+    """Return a trainer of notebook 06's recipe, with new adapters on `base`.
 
-    Alpha is twice the rank. `dataset` holds prompts and completions; without it, the
-    trainer gets the training questions of the course.
+    Alpha is twice the rank. `dataset` and `validation` hold prompts and completions;
+    without `dataset`, the trainer gets the training questions of the course. Where the
+    base is in 4 bits, `check_effective` has checked the trainer.
     """
     torch.manual_seed(settings.seed)  # the adapters start from random numbers
     model = get_peft_model(base, train.lora_config(rank, 2 * rank))
     if dataset is None:
-        dataset = records.to_prompt_completion(
-            records.load("train"), tokenizer, system=records.SYSTEM
-        )
-    trainer = train.build_trainer(model, tokenizer, dataset, settings)
-    train.check_effective(trainer, env.profile())
+        dataset = questions("train", tokenizer)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings, validation)
+    if hasattr(base.config, "quantization_config"):
+        train.check_effective(trainer, env.profile())
     return trainer
+
+
+def questions(split: str, tokenizer) -> Dataset:
+    """Return the prompts and completions of one split of the night-train task."""
+    return records.to_prompt_completion(
+        records.load(split), tokenizer, system=records.SYSTEM
+    )
 
 
 def random_trainer(model, settings, lengths: list[int]):
@@ -142,7 +180,8 @@ def embedded_tokenizer():
 
 def trained_tokens(trainer) -> int:
     """Return how many tokens a finished training run has read."""
-    return int(trainer.state.log_history[-2]["num_tokens"])
+    log = trainer.state.log_history
+    return int([entry["num_tokens"] for entry in log if "loss" in entry][-1])
 
 
 class StepTimes(TrainerCallback):

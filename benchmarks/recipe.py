@@ -1,91 +1,135 @@
 """Train and judge the recipe of notebook 06 over seeds, beside other choices.
 
-    python benchmarks/recipe.py [workers]
+    python benchmarks/recipe.py [workers] [first]
 
-Writes data/measured/recipe.json. The embedded Llama, on whatever machine this is; with
-several workers, one GPU serves several runs at once (accuracies, no timings).
+Writes data/measured/recipe.json. The embedded Llama, on whatever machine this is. The
+runs are shared among so many processes (2 by default), and these among all GPUs that
+the machine has, so the rows hold accuracies and losses, and no timings. `first` goes on
+with that row of the plan, where an earlier call was stopped.
+
+Each trained row reads 800 records (`steps` times `batch`), if its name does not say
+otherwise, and has alpha at twice the rank. `base` says how the base's weights are kept,
+"nf4" or "bf16". `verdicts` holds a 1 for each right answer: phrasing, values,
+composition, 100 each.
 """
 
-import concurrent.futures
-import multiprocessing
+import itertools
+import statistics
 import sys
+import time
 
 import common
-from adapter import TESTS
 from common import BATCH, STEPS
+from common import LEARNING_RATE as RATE
 
 from qlora_helpers import env, models, records, score, sql, train
 
+TESTS = ("phrasing", "values", "composition")
+SEEDS = (0, 1, 2)
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+RANKS = (4, 16, 64)
 EXAMPLES = 6  # solved questions in the prompt of the base model
-
-RUNS = {  # name: (kind, seed, steps, batch, sampling)
-    "base model, asked as it is": ("base", 0, 0, 0, ""),
-    "base model, six examples in prompt": ("examples", 0, 0, 0, ""),
-    "recipe, seed 0": ("train", 0, STEPS, BATCH, "random"),
-    "recipe, seed 1": ("train", 1, STEPS, BATCH, "random"),
-    "recipe, seed 2": ("train", 2, STEPS, BATCH, "random"),
-    "batch 16, half the steps": ("train", 0, STEPS // 2, 2 * BATCH, "random"),
-    "rows grouped by length": ("train", 0, STEPS, BATCH, "group_by_length"),
+PROMPTS = {  # of the base model: the system message, and how many solved questions
+    "asked as it is": (records.SYSTEM, 0),
+    "told the house rules": (records.told(), 0),
+    "six examples": (records.SYSTEM, EXAMPLES),
+    "rules and six examples": (records.told(), EXAMPLES),
 }
 
 
-def with_examples(record: dict, tokenizer) -> str:
-    """A prompt that first solves six training questions of different families."""
-    chosen, seen = [], set()
-    for example in records.load("train"):
-        if example["family"] not in seen and len(chosen) < EXAMPLES:
-            seen.add(example["family"])
-            chosen.append(example)
-    chat = records.messages(record, records.SYSTEM)[:1]
-    for example in chosen:
-        chat += records.messages(example, None)
-        chat.append({"role": "assistant", "content": example["output"]})
-    chat += records.messages(record, None)
-    return tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True
+def planned() -> list[dict]:
+    """The rows to be measured, each without its results."""
+    rows = [
+        {"run": f"base model, {prompt}", "base": base, "prompt": prompt}
+        for base in ("nf4", "bf16")
+        for prompt in PROMPTS
+    ]
+    recipe = {"base": "nf4", "rank": 16, "learning_rate": RATE}
+    recipe |= {"steps": STEPS, "batch": BATCH, "sampling": "random"}
+    variants = {"recipe": {}}
+    for rate in (RATE, 1e-3):
+        variants[f"16-bit LoRA, rate {rate:g}"] = {
+            "base": "bf16",
+            "learning_rate": rate,
+        }
+    for batch in (4, 16, 32):
+        variants[f"batch {batch}"] = {"batch": batch, "steps": STEPS * BATCH // batch}
+    for rate in (1e-3, 5e-3):
+        half = {"batch": 16, "steps": 50, "learning_rate": rate}
+        variants[f"batch 16, rate {rate:g}"] = half
+    variants["batch 16, 1,600 records"] = {"batch": 16}
+    variants["rows grouped by length"] = {"sampling": "group_by_length"}
+    for rank, rate in itertools.product(RANKS, RATES):
+        if (rank, rate) != (16, RATE):  # that is the recipe
+            other = {"rank": rank, "learning_rate": rate}
+            variants[f"rank {rank}, rate {rate:g}"] = other
+    for (name, changed), seed in itertools.product(variants.items(), SEEDS):
+        rows.append({"run": name, "seed": seed} | recipe | changed)
+    return rows
+
+
+def measured(row: dict) -> dict:
+    """The row with its results."""
+    start = time.perf_counter()
+    quantization = train.nf4_config(env.profile()) if row["base"] == "nf4" else None
+    model, tokenizer = models.load_base(models.EMBEDDED, quantization)
+    databases = records.open_databases()
+    prompt, found = row.get("prompt", "asked as it is"), {}
+    if "steps" in row:
+        trainer = trainer_of(row, model, tokenizer)
+        trainer.train()
+        model, log = trainer.model, trainer.state.log_history
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        checks = [entry for entry in log if "eval_loss" in entry]
+        found["tokens"] = common.trained_tokens(trainer)
+        found["train_loss"] = round(statistics.mean(losses[-10:]), 5)
+        found["validation_steps"] = [entry["step"] for entry in checks]
+        found["validation_loss"] = [round(entry["eval_loss"], 5) for entry in checks]
+    verdicts, runs, stopped = [], 0, 0
+    for test in TESTS:
+        questions = records.load(test)
+        answers = score.generate_answers(
+            model, tokenizer, prompts(questions, tokenizer, *PROMPTS[prompt])
+        )
+        for question, (text, stop) in zip(questions, answers, strict=True):
+            verdict = sql.judge(sql.extract_sql(text), question, databases)
+            verdicts.append(int(verdict.right))
+            runs += "error" not in verdict.reason
+            stopped += stop
+    prose = env.path("data/prose.txt").read_text(encoding="utf-8")
+    found["prose_perplexity"] = round(
+        score.perplexity(model, tokenizer, prose).value, 2
+    )
+    found["runs_percent"] = round(100 * runs / len(verdicts), 1)
+    found["stopped_percent"] = round(100 * stopped / len(verdicts), 1)
+    found["verdicts"] = "".join(map(str, verdicts))
+    found["seconds"] = round(time.perf_counter() - start)
+    return row | found
+
+
+def trainer_of(row: dict, model, tokenizer):
+    """The recipe's trainer, with the row's choices and the validation records."""
+    settings = common.settings_of(row["steps"], row["batch"], row["learning_rate"])
+    settings.seed = row["seed"]
+    settings.train_sampling_strategy = row["sampling"]
+    validation = common.questions("validation", tokenizer)
+    return common.recipe_trainer(
+        model, tokenizer, settings, row["rank"], validation=validation
     )
 
 
-def run(name: str) -> dict:
-    """One row: the run's name, its accuracy on each test set, its tokens."""
-    kind, seed, steps, batch, sampling = RUNS[name]
-    env.quiet()
-    quantization = train.nf4_config(env.profile())
-    model, tokenizer = models.load_base(models.EMBEDDED, quantization)
-    databases = records.open_databases()
-    row = {"run": name, "seed": seed, "steps": steps, "batch": batch, "tokens": 0}
-    if kind == "train":
-        settings = common.settings_of(steps, batch)
-        settings.seed = seed
-        settings.train_sampling_strategy = sampling
-        trainer = common.recipe_trainer(model, tokenizer, settings)
-        trainer.train()
-        model = trainer.model
-        row["tokens"] = common.trained_tokens(trainer)
-    for test in TESTS:
-        questions = records.load(test)
-        if kind == "examples":
-            prompts = [with_examples(question, tokenizer) for question in questions]
-            answers = score.generate_answers(model, tokenizer, prompts)
-            right = [
-                sql.judge(sql.extract_sql(text), question, databases).right
-                for (text, _), question in zip(answers, questions, strict=True)
-            ]
-            found = score.bootstrap_interval(right)
-        else:
-            judged = score.execution_accuracy(
-                model, tokenizer, questions, databases, system=records.SYSTEM
-            )
-            found = judged[:3]
-        for field, value in zip(("", "low_", "high_"), found, strict=True):
-            row[f"{test}_{field}percent"] = round(100 * value, 1)
-    return row
+def prompts(questions, tokenizer, system: str, count: int) -> list[str]:
+    """The text that asks each question, behind `count` solved ones."""
+    chats = [records.few_shot(question, system, count) for question in questions]
+    return [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
+    ]
 
 
-def main(workers: int = 1) -> None:
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        common.record("recipe", pool.map(run, RUNS), same=("run",))
+def main(workers: int = 2, first: int = 0) -> None:
+    rows = common.shared_out(measured, planned()[first:], workers)
+    common.record("recipe", rows, same=("run", "base", "seed"))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,15 @@
     python benchmarks/serving.py [products] [135M] [1B] [8B]
 
 Writes data/measured/serving.json. Random weights take the same time as trained ones.
-The rows of a matrix are one product of a random 8B's MLP weight, in eval mode.
+`tokens_per_second` is that of `generate`, prompt included. `step_ms` is one decoding
+step, all rows together, as called from Python. `gpu_ms` is how long the GPU's kernels
+ran in it (torch.profiler). `least_ms` is what reading the weights once takes at the
+bandwidth with which this card copies. The rows of a matrix are one product of a random
+8B's MLP weight, in eval mode.
 """
 
 import functools
+import math
 import statistics
 import sys
 import time
@@ -24,6 +29,7 @@ VARIANTS = ("4-bit and adapter", "4-bit, merged", "16-bit, merged")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 MATRIX = (14336, 4096)  # up_proj of an 8B: out, in
 REPEATS, PRODUCTS = 50, 10
+PROMPT = 64  # tokens before the timed steps
 
 
 def model_of(shape: str, variant: str):
@@ -42,15 +48,60 @@ def generation(shape: str, variant: str):
     """Yield tokens per second and memory by the batch."""
     model = model_of(shape, variant)
     held = {p.data_ptr(): memory.tensor_bytes(p) for p in model.parameters()}
+    least = sum(held.values()) / bandwidth()
     for batch in BATCHES:
         with memory.peak() as peak:
             speed = score.generation_speed(model, batch)
         row = {"shape": shape, "variant": variant, "batch": batch}
+        step, busy = decoding(model, batch)
         yield row | {
             "tokens_per_second": round(speed, 1),
+            "step_ms": round(1e3 * step, 2),
+            "gpu_ms": round(1e3 * busy, 2),
+            "least_ms": round(1e3 * least, 2),
             "weights_gib": common.gib(sum(held.values()), 3),
             "peak_gib": common.gib(peak["bytes"], 3),
         }
+
+
+def decoding(model, batch: int, steps: int = 16):
+    """Seconds of one decoding step (median), and of the GPU's kernels within one."""
+    ids = torch.full((batch, PROMPT), 10, device=model.device)
+    seconds = []
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        token = ids[:, :1]
+
+        def step():
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+            common.synchronize()
+
+        for _ in range(steps):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(steps):
+                step()
+    kernels = sum(event.self_device_time_total for event in profile.key_averages())
+    return statistics.median(seconds), kernels / 1e6 / steps
+
+
+def bandwidth() -> float:
+    """Bytes a second that this card reads and writes when it copies."""
+    if not torch.cuda.is_available():
+        return math.nan
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    copy = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        common.synchronize()
+        start = time.perf_counter()
+        copy.copy_(source)
+        common.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times)
 
 
 def products():

@@ -83,8 +83,7 @@ def show(fig, alt) -> None:
     """Display a figure as a small PNG with its alt text, and close it.
 
     Raises ValueError for an alt text of under four words, a figure without a title, an
-    axis whose label ends in no unit, such as "loss (nat per token)" or "layer (no
-    unit)", or bars that do not start from zero.
+    axis with numbers and without a label, or bars that do not start from zero.
     """
     if redraw(fig, alt) is None:  # a script shows no picture
         print(f"Figure: {alt}")
@@ -127,10 +126,10 @@ def _check(fig, alt) -> None:
             ticks = axis.get_ticklabels() if axis.get_visible() else ()
             labelled = any(tick.get_visible() and tick.get_text() for tick in ticks)
             label = axis.get_label_text()
-            if labelled and not re.search(r"\([^()]+\)$", label.strip()):
+            if labelled and not label.strip():
                 raise ValueError(
-                    f"the {axis.axis_name} axis is labelled {label!r}: end it with its "
-                    'unit, such as "loss (nat per token)" or "layer (no unit)"'
+                    f"the {axis.axis_name} axis has no label: give one, with its unit "
+                    'if it has one, such as "loss (nat per token)" or "layer"'
                 )
         for bars in ax.containers:
             if not isinstance(bars, BarContainer):  # whiskers may start anywhere

@@ -10,8 +10,10 @@ from qlora_helpers.records.night_trains import (
     SPLITS,
     SYSTEM,
     database_scripts,
+    few_shot,
     load,
     open_databases,
+    told,
 )
 from qlora_helpers.records.prompts import (
     MAX_LENGTH,

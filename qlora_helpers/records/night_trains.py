@@ -1,6 +1,7 @@
 """The text-to-SQL task of the course: its records and its databases."""
 
 import json
+import tomllib
 
 from qlora_helpers import env, sql
 
@@ -33,6 +34,29 @@ def database_scripts() -> list[str]:
 def open_databases() -> list:
     """The three databases, opened by `sql.open_database`."""
     return [sql.open_database(script) for script in database_scripts()]
+
+
+def told() -> str:
+    """A system message that asks for SQL and states the tables and the house rules."""
+    rules = tomllib.loads(_read("families.toml"))["house_rules"].values()
+    lines = "".join(f"- {rule}\n" for rule in rules)
+    ask = "Answer with one SQLite query and nothing else. The tables:"
+    return f"{ask}\n{SYSTEM}\nThe house rules:\n{lines}".strip()
+
+
+def few_shot(record: dict, system: str, count: int) -> list[dict]:
+    """The chat that solves `count` training questions before it asks a record's own.
+
+    The questions are the first ones of different families.
+    """
+    families = {}
+    for example in load("train"):
+        families.setdefault(example["family"], example)
+    chat = [{"role": "system", "content": system}]
+    for example in [*families.values()][:count]:
+        chat.append({"role": "user", "content": example["instruction"]})
+        chat.append({"role": "assistant", "content": example["output"]})
+    return [*chat, {"role": "user", "content": record["instruction"]}]
 
 
 def _read(name: str) -> str:

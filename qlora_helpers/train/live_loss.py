@@ -1,4 +1,4 @@
-"""The loss curve, drawn while a model trains."""
+"""The loss curves, drawn while a model trains."""
 
 import math
 import statistics
@@ -10,17 +10,21 @@ from qlora_helpers import plots
 
 
 class LiveLoss(TrainerCallback):
-    """A progress bar, and in a notebook the loss curve, drawn as it grows."""
+    """A progress bar, and in a notebook the loss curves, drawn as they grow."""
 
     def __init__(self):
         self.bar = self.picture = None
-        self.losses = []  # the logged pairs (step, loss)
+        self.losses, self.validation = [], []  # the logged pairs (step, loss)
+        self.warmup = 0  # steps
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.bar is not None:  # the bar of an interrupted run
             self.bar.close()
         logged = [entry for entry in state.log_history if "loss" in entry]
         self.losses = [(entry["step"], entry["loss"]) for entry in logged]
+        logged = [entry for entry in state.log_history if "eval_loss" in entry]
+        self.validation = [(entry["step"], entry["eval_loss"]) for entry in logged]
+        self.warmup = args.get_warmup_steps(state.max_steps)
         done = state.global_step  # above 0 if a run is resumed
         self.bar = tqdm(
             total=state.max_steps, initial=done, desc="training", unit="step"
@@ -30,6 +34,8 @@ class LiveLoss(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_loss" in logs:
+            self.validation.append((state.global_step, float(logs["eval_loss"])))
         if "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -57,14 +63,24 @@ class LiveLoss(TrainerCallback):
         steps, losses = zip(*self.losses, strict=True)
         every_step = steps == tuple(range(1, steps[-1] + 1))
         fig, ax = plots.figure()
-        ax.plot(steps, losses, marker="" if every_step and len(losses) > 1 else "o")
+        if every_step and self.warmup:
+            ax.axvspan(0, min(self.warmup, steps[-1]), color="0.92", label="warm-up")
+        marker = "" if every_step and len(losses) > 1 else "o"
+        ax.plot(steps, losses, marker=marker, label="training")
+        if self.validation:
+            ax.plot(*zip(*self.validation, strict=True), "o--", label="validation")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel="step (no unit)", ylabel="loss (nat per token)", ylim=(0, None))
+        ax.set(xlabel="step", ylabel="loss (nat per token)", yscale="log")
         since = "of each step" if every_step else "averaged since the point before"
-        ax.set_title(f"Training loss {since}")
+        ax.set_title(f"Loss {since}")
+        ax.legend(frameon=False)
         alt = (
             f"Training loss from {losses[0]:.1f} at step {steps[0]} to "
-            f"{statistics.mean(losses[-10:]):.2f} over the last ten of {len(losses)} "
+            f"{statistics.mean(losses[-10:]):.2g} over the last ten of {len(losses)} "
             f"{'steps' if every_step else 'points'}"
         )
+        if self.validation:
+            (first, start), (last, end) = self.validation[0], self.validation[-1]
+            alt += f"; validation loss from {start:.1f} at step {first} to {end:.2g}"
+            alt += f" at step {last}"
         self.picture = plots.redraw(fig, alt, self.picture)

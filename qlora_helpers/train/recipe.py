@@ -53,6 +53,8 @@ def sft_config(
         learning_rate=learning_rate,
         per_device_train_batch_size=batch,
         warmup_steps=min(5, steps // 2),
+        per_device_eval_batch_size=batch,
+        eval_steps=max(1, steps // 5),  # how often the validation loss is computed
         max_length=max_length,  # tokens; TRL would cut off longer rows silently
         completion_only_loss=True,  # the prompt is given, not learned
         optim=profile.optim,
@@ -78,13 +80,23 @@ def check_numbers(steps, batch, learning_rate) -> None:
         raise ValueError(f"learning_rate is {learning_rate!r}: give a number above 0")
 
 
-def build_trainer(model, tokenizer, dataset, settings: SFTConfig) -> SFTTrainer:
-    """An SFTTrainer whose adapters are fp32. Raises what `check_given` raises."""
+def build_trainer(
+    model, tokenizer, dataset, settings: SFTConfig, validation=None
+) -> SFTTrainer:
+    """An SFTTrainer whose adapters are fp32. Raises what `check_given` raises.
+
+    With a second dataset, `validation`, the trainer computes the loss on it before the
+    first step and after every `settings.eval_steps` steps.
+    """
     check_given(dataset, settings)
+    if validation is not None:
+        check_given(validation, settings)
+        settings.eval_strategy, settings.eval_on_start = "steps", True
     trainer = SFTTrainer(
         model=model,
         args=settings,
         train_dataset=dataset,
+        eval_dataset=validation,
         processing_class=tokenizer,
         callbacks=[LiveLoss()],
     )
