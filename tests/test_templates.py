@@ -191,13 +191,12 @@ def test_07_runs_on_a_base_without_a_template(base, tmp_path):
     adapter = str(tmp_path / "adapter")
     adapters.save_adapter(model, tokenizer, adapter, models.base_identity(base))
     settings = {"BASE": base, "ADAPTER": adapter, "OTHER": adapter}
-    settings |= {"QUESTIONS": 6, "FEW": 6, "BATCHES": [1, 2]}
+    settings |= {"FEW": 6}
     said = run_cells("notebooks/07_inference_and_merge.ipynb", settings, tmp_path)
     whole = "\n".join(said)
-    for claim in ("07.same", "07.off", "07.back", "07.mixed", "07.shards", "07.alone"):
+    for claim in ("07.same", "07.off", "07.back", "07.mixed", "07.shards"):
         assert f"{claim}: holds" in whole
-    assert "the stranger failed" not in whole
-    assert "as it was trained" in whole and "### Instruction: " not in whole
+    assert "as in training" in whole and "### Instruction: " not in whole
 
 
 PARTS = (  # as models that also see pictures have it

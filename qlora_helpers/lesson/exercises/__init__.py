@@ -1,8 +1,8 @@
 """The oracles of the exercises: each tries a reader's function, prints a verdict."""
 
 from qlora_helpers.lesson.exercises.runs import (
+    check_exact_p,
     check_first_rank,
-    check_held_bytes,
     check_learning_rate,
     check_long_haul,
     check_lora_parameters,
@@ -18,7 +18,6 @@ from qlora_helpers.lesson.exercises.weights import (
     check_dropout,
     check_gain,
     check_layer_bytes,
-    check_merged_at,
+    check_merged,
     check_nf3,
-    check_surviving_share,
 )

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.optimization import get_linear_schedule_with_warmup
 
-from qlora_helpers import memory, models, records, sql, train
+from qlora_helpers import memory, models, records, score, sql, train
 from qlora_helpers.lesson.exercises.oracle import try_out
 from qlora_helpers.models.embedded import embedded_dir
 
@@ -122,16 +122,15 @@ def check_learning_rate(schedule) -> bool:
     return try_out("exercise 06.3", schedule, cases, near)
 
 
-def check_held_bytes(held_bytes) -> bool:
-    """Exercise 07.3: the most bytes that a merge by shards holds."""
+def check_exact_p(exact_p) -> bool:
+    """Exercise 07.1: the two-sided p of an exact test of answers lost and gained."""
     cases = []
-    for name, shard, r in (("70B", 10**9, 16), ("8B", 5 * 10**9, 64), ("1B", 10**8, 8)):
-        config = models.llama_config(name)
-        hidden, intermediate, *others = _sizes(config)
-        adapter = 2 * r * config.num_hidden_layers * sum(_widths(config))
-        given = (shard, hidden, intermediate, *others, r)
-        cases.append((given, shard + 4 * hidden * intermediate + adapter))
-    return try_out("exercise 07.3", held_bytes, cases)
+    for lost, gained in ((13, 0), (3, 12), (25, 19), (5, 5), (0, 0)):
+        before = [1] * lost + [0] * gained
+        expected = score.paired_test(before, [1 - right for right in before]).p
+        cases.append(((lost, gained), expected))
+    near = functools.partial(math.isclose, rel_tol=1e-6)
+    return try_out("exercise 07.1", exact_p, cases, near)
 
 
 def _predicted(config, rank=16, tokens=64):

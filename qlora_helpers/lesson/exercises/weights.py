@@ -85,33 +85,27 @@ def check_adapter_gradients(adapter_gradients) -> bool:
     return try_out("exercise 03.2", adapter_gradients, cases, near)
 
 
-def check_surviving_share(surviving_share) -> bool:
-    """Exercise 07.1: the share of a change that a way of storing weights keeps."""
-
-    def coarse(weight):
-        return weight.round()
-
-    def scaled(weight):
-        return 0.5 * weight
-
-    weight, noise = _random((64, 64), (64, 64))
-    whole, change = weight.round(), 0.1 * noise
+def check_merged(merged) -> bool:
+    """Exercise 07.2: a 16-bit weight with an adapter merged, rounded only once."""
+    weight, A, B = _random((48, 64), (16, 64), (48, 16))
+    weight, B = weight.bfloat16(), 0.05 * B
     cases = []
-    for base, stored in ((weight, coarse), (whole, coarse), (weight, scaled)):
-        kept = stored(base + change) - stored(base)
-        expected = (kept * change).sum() / change.square().sum()
-        cases.append(((base, change, stored), expected))
-    return try_out("exercise 07.1", surviving_share, cases, near)
+    for alpha, rslora in ((32, False), (32, True), (8, False)):
+        scaling = alpha / 16**0.5 if rslora else alpha / 16
+        expected = (weight.float() + scaling * (B @ A)).bfloat16()
+        cases.append(((weight, A, B, alpha, 16, rslora), expected))
+    return try_out("exercise 07.2", merged, cases, _same_bits)
 
 
-def check_merged_at(merged_at) -> bool:
-    """Exercise 07.2: a weight with an adapter merged at some strength."""
-    weight, A, B = _random((6, 4), (2, 4), (6, 2))
-    cases = []
-    for alpha, strength in ((4, 1), (4, 0), (2, 0.5)):
-        expected = weight + strength * alpha / 2 * (B @ A)
-        cases.append(((weight, A, B, alpha, 2, strength), expected))
-    return try_out("exercise 07.2", merged_at, cases, near)
+def _same_bits(yours, expected) -> bool:
+    """True where two tensors have one dtype, and differ in at most 1 of 100 numbers.
+
+    Some sums lie halfway between two numbers, and another order of the factors then
+    rounds the other way.
+    """
+    if yours.dtype != expected.dtype or yours.shape != expected.shape:
+        return False
+    return (yours != expected).float().mean().item() <= 0.01
 
 
 def _random(*shapes, seed=0) -> list[torch.Tensor]:
