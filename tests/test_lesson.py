@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora_helpers import plots
-from qlora_helpers.lesson import check
+from qlora_helpers.lesson import check, merges, recordings
 from tools import predictions
 
 # ---- predictions and claims
@@ -136,7 +136,7 @@ def test_say_shows_prose_in_a_notebook(tmp_path):
     script = """
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from qlora_helpers.lesson import check
+from qlora_helpers.lesson import check, merges, recordings
 InteractiveShell.instance()
 with capture_output() as captured:
     check.say(f"After training **{0.45:.0%}** are right.")
@@ -301,3 +301,67 @@ def test_colours_stand_out_on_white():
 
     assert all(1.05 / (light(colour) + 0.05) >= 3 for colour in plots.COLOURS)
     assert len(set(plots.DASHES)) == len(set(plots.MARKERS)) == len(plots.COLOURS)
+
+
+# ---- the tables and figures of 07
+
+
+def row_of(into, kind, verdicts, run="one", **more):
+    row = {"run": run, "strength": 1, "into": into, "kind": kind}
+    return row | {"verdicts": verdicts} | more
+
+
+def test_merges_are_paired_with_the_trained_model_of_their_own_run():
+    rows = [
+        row_of("original", "bf16", "0011"),
+        row_of("none", "nf4", "1110"),
+        row_of("none", "bf16", "1000", run="two", trained_on="bf16"),
+        row_of("none", "nf4", "1100", run="two", trained_on="bf16"),
+        row_of("original", "nf4", "0000") | {"strength": 2},
+        {"run": "random", "strength": 1, "into": "none", "kind": "nf4"},
+    ]
+    found = merges.against_trained(rows).set_index(["run", "into", "kind"])
+    pairs = {name: (row["lost"], row["gained"]) for name, row in found.iterrows()}
+    assert pairs == {
+        ("one", "original", "bf16"): (2, 1),
+        ("one", "none", "nf4"): (0, 0),
+        ("two", "none", "bf16"): (0, 0),
+        ("two", "none", "nf4"): (0, 1),
+    }
+    assert found.loc["one", "none", "nf4"]["p"] == 1
+
+
+def test_every_recorded_merge_has_its_trained_model():
+    rows = recordings.read("merge")["rows"]
+    found = merges.against_trained(row for row in rows if row.get("asked") == 300)
+    assert {"dequantized", "original", "none"} == set(found["into"])
+    trained = found[found["kind"] == found.get("trained_on", "nf4")]
+    assert not trained.query("into == 'none'")[["lost", "gained"]].any(axis=None)
+
+
+def test_lost_answers_go_to_the_left_and_gained_ones_to_the_right(drawn, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "show", lambda fig, alt: kept.append((fig, alt)))
+    merges.lost_and_gained(["a", "b"], [3, 0], [1, 2], "Some answers differ", asked=9)
+    [(fig, alt)] = kept
+    lost, gained = fig.axes[0].containers
+    assert [bar.get_width() for bar in lost] == [-3, 0]
+    assert [bar.get_width() for bar in gained] == [1, 2]
+    assert "a: 3 lost, 1 gained; b: 0 lost, 2 gained" in alt
+    plots.redraw(fig, alt)
+
+
+def test_what_is_kept_is_drawn_beside_what_was_wanted(monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "show", lambda fig, alt: kept.append((fig, alt)))
+    wanted = torch.linspace(-1, 1, 400).reshape(20, 20)
+    bases = {"all": wanted, "nothing": torch.zeros(20, 20)}
+    merges.kept_by_change(wanted, bases, "Only one base takes it", groups=4)
+    [(fig, alt)] = kept
+    for ax, slope in zip(fig.axes, (1, 0), strict=True):
+        line, mean = ax.get_lines()
+        assert line.get_label() == "all of it" and mean.get_label() == "mean kept"
+        np.testing.assert_allclose(
+            mean.get_ydata(), slope * np.array(mean.get_xdata()), atol=1e-3
+        )
+    plots.redraw(fig, alt)

@@ -4,7 +4,16 @@ import pandas
 
 from qlora_helpers import plots, score
 
-KINDS = ("bf16", "fp16", "Q8_0", "Q5_1", "Q4_1", "Q4_0", "nf4")  # most bits first
+KINDS = (
+    "fp32",
+    "bf16",
+    "fp16",
+    "Q8_0",
+    "Q5_1",
+    "Q4_1",
+    "Q4_0",
+    "nf4",
+)  # most bits first
 
 
 def against_trained(rows) -> pandas.DataFrame:
@@ -46,9 +55,9 @@ def lost_and_gained(labels, lost, gained, title, asked) -> None:
     ax.margins(x=0.12)
     ax.grid(visible=False, axis="y")
     ax.xaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
-    ax.set_xlabel(f"answers of {asked} that differ from the trained model's (count)")
+    ax.set_xlabel(f"answers of {asked} that differ from the trained model's")
     ax.set_title(title, pad=16)
-    ax.set_ylabel("base and format (no unit)")
+    ax.set_ylabel("base, format")
     said = [
         f"{name}: {less} lost, {more} gained"
         for name, less, more in zip(labels, lost, gained, strict=True)
@@ -75,8 +84,8 @@ def kept_by_change(wanted, kept, title, groups=40) -> None:
         ax.plot(x, x, color=plots.COLOURS[5], linestyle="--", label="all of it")
         ax.plot(x, mean, color=plots.COLOURS[0], linestyle="-", label="mean kept")
         ax.set_title(label)
-        ax.set_xlabel("wanted, in thousandths (no unit)")
-    axes[0].set_ylabel("kept, in thousandths (no unit)")
+        ax.set_xlabel("wanted, in thousandths")
+    axes[0].set_ylabel("kept, in thousandths")
     limit = max(abs(end) for ax in axes for end in ax.get_ylim())
     for ax in axes:
         ax.set_ylim(-limit, limit)
