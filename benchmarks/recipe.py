@@ -112,6 +112,7 @@ def trainer_of(row: dict, model, tokenizer):
     settings = common.settings_of(row["steps"], row["batch"], row["learning_rate"])
     settings.seed = row["seed"]
     settings.train_sampling_strategy = row["sampling"]
+    settings.eval_steps, settings.eval_on_start = row["steps"] // 5, True
     validation = common.questions("validation", tokenizer)
     return common.recipe_trainer(
         model, tokenizer, settings, row["rank"], validation=validation
