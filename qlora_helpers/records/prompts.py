@@ -5,6 +5,7 @@ import warnings
 
 from datasets import Dataset
 from jinja2 import Template, TemplateError
+from tqdm.auto import tqdm
 
 from qlora_helpers import env
 from qlora_helpers.models.template import INSTRUCTION, leading_ids
@@ -175,7 +176,8 @@ def to_prompt_completion(
         env.check_whole("max_length", max_length)
     messages({"instruction": ""}, system)  # raises for a system that is not text
     rows, left_out, unused, given = [], {}, set(), as_list(records)
-    for number, record in enumerate(given):
+    bar = tqdm(given, desc="reading records", unit="row", delay=5)
+    for number, record in enumerate(bar):
         try:
             with in_row(number):
                 check_record(record)
