@@ -5,9 +5,11 @@ from qlora_helpers.score.intervals import bootstrap_interval, paired_interval
 from qlora_helpers.score.judged import (
     Accuracy,
     Answer,
+    accuracy,
     answer_logits,
     ask,
     divergence,
+    exact_match,
     execution_accuracy,
     perplexity,
 )
