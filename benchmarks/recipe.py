@@ -122,10 +122,7 @@ def trainer_of(row: dict, model, tokenizer):
 def prompts(questions, tokenizer, system: str, count: int) -> list[str]:
     """The text that asks each question, behind `count` solved ones."""
     chats = [records.few_shot(question, system, count) for question in questions]
-    return [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        for chat in chats
-    ]
+    return [records.prompt(chat, tokenizer, None) for chat in chats]
 
 
 def main(workers: int = 2, first: int = 0) -> None:
