@@ -59,8 +59,8 @@ def test_a_base_without_a_template_learns_alpacas_columns(base, tmp_path):
     done = run(tmp_path, *how)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "has no chat template: it gets the layout ### Instruction:" in done.stdout
-    assert "2 of 40 records are left out: output is empty: 2 (rows 3, 7)" in done.stderr
-    assert "these columns are not used: text" in done.stderr
+    assert "2 of 40 records are left out: output is empty: 2 (rows 3, 7)" in done.stdout
+    assert "these columns are not used: text" in done.stdout
     assert "rows: 35 of 35 kept, 0 cut at 512 tokens" in done.stdout  # 3 held back
     losses = re.findall(r"validation loss after (\d+) steps: ([\d.]+)", done.stdout)
     assert [step for step, _ in losses] == ["0", "5"]

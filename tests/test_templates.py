@@ -143,6 +143,43 @@ def test_each_turn_of_a_chat_is_trained_as_it_is_asked(name, llama, tmp_path):
         assert "".join(text.split()) == "".join(wanted.split())
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_our_tokens_are_those_that_trl_makes_itself(name, llama, tmp_path):
+    tokenizer = of_a_base(TEMPLATES[name])
+    dataset = records.to_prompt_completion(ROWS, tokenizer, system=None)
+    made = []
+    for given in (dataset, dataset.select_columns(["prompt", "completion"])):
+        settings = train.sft_config(env.profile(), str(tmp_path), 1, 2, 1e-3)
+        wrapped = get_peft_model(llama, train.lora_config(4, 8))
+        trainer = train.build_trainer(wrapped, tokenizer, given, settings)
+        wrapped.unload()
+        columns = trainer.train_dataset.select_columns(["input_ids", "labels"])
+        made.append(columns.to_list())
+    assert made[0] == made[1]
+
+
+def test_a_base_without_a_template_gets_one_that_its_adapter_keeps(
+    base, tmp_path, capsys
+):
+    model, tokenizer = models.load_base(base, train.nf4_config(env.profile()))
+    assert "no chat template: it gets the layout ### Instr" in capsys.readouterr().out
+    model = get_peft_model(model, train.lora_config(4, 8))
+    saved = adapters.save_adapter(
+        model, tokenizer, tmp_path / "adapter", models.base_identity(base)
+    )
+    again = AutoTokenizer.from_pretrained(saved)  # as vLLM and others open it
+    ids = again.apply_chat_template(
+        CHAT[:3], add_generation_prompt=True, return_dict=False
+    )
+    assert ids == records.context_ids(CHAT[:3], tokenizer)
+    assert again.decode(ids) == (
+        f"{BOS}### Instruction:\nName a bird.\n\n### Response:\nOwl.{END}"
+        "### Instruction:\nAnother one?\n\n### Response:\n"
+    )
+    kept = again.chat_template
+    assert not models.give_template(again) and again.chat_template == kept
+
+
 # ---- notebooks 06 and 07 on a base without a template
 
 MARK = "=== the next cell ==="

@@ -1,7 +1,6 @@
 """Records to prompts, completions and tokens, by the tokenizer's chat template."""
 
 import reprlib
-import warnings
 
 from datasets import Dataset
 from jinja2 import Template, TemplateError
@@ -13,7 +12,7 @@ from qlora_helpers.records.checks import KNOWN, as_list, check_record, in_row, t
 
 MAX_LENGTH = 512  # tokens of a record; records and trainer need the same number
 NO_SYSTEM = "pass system=None, drop the column system, and put its text in instruction"
-SHOWN = 5  # row numbers in a warning
+SHOWN = 5  # row numbers of each reason
 
 
 def context_ids(prompt: str | list[dict], tokenizer) -> list[int]:
@@ -166,10 +165,10 @@ def to_prompt_completion(
     columns `prompt` and `completion` hold messages (the completion is the last answer);
     `input_ids` and `completion_mask` are those of `tokens`.
 
-    Records over `max_length` tokens (None: no limit) are left out with a warning,
-    because a row that is cut teaches the model to stop early. skip_bad: leave out
-    records that cannot be trained on as well, and count them by reason; otherwise the
-    first one raises ValueError with its row. Another warning names unused columns.
+    Records over `max_length` tokens (None: no limit) are left out, because a row that
+    is cut teaches the model to stop early. skip_bad: leave out records that cannot be
+    trained on as well; otherwise the first one raises ValueError with its row. A
+    printed line counts what is left out by reason, another one names unused columns.
     """
     check_template(tokenizer)
     if max_length is not None:
@@ -195,10 +194,9 @@ def to_prompt_completion(
         else:
             rows.append(row)
     if unused:
-        warnings.warn(
+        print(
             f"these columns are not used: {', '.join(sorted(unused))} (only "
-            "instruction, input, output, system and messages are)",
-            stacklevel=2,
+            "instruction, input, output, system and messages are)"
         )
     if left_out:
         reasons = "; ".join(
@@ -210,7 +208,7 @@ def to_prompt_completion(
         said += reasons
         if not rows:
             raise ValueError(f"no record is left: {said}")
-        warnings.warn(said, stacklevel=2)
+        print(said)
     return Dataset.from_list(rows)
 
 
