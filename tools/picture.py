@@ -40,7 +40,6 @@ def main(source=SOURCE, picture=PICTURE) -> pathlib.Path:
     facts = read(source)
     png = plots.png(draw(facts), {MADE_FROM: made_from(facts)})
     write_whole(picture, png)
-    print(picture.relative_to(env.ROOT) if env.ROOT in picture.parents else picture)
     return picture
 
 
