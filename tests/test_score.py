@@ -88,6 +88,28 @@ def test_an_interval_of_nothing_is_refused(values):
         bootstrap_interval(values)
 
 
+@pytest.mark.parametrize(
+    "lost, gained, p",  # of scipy.stats.binomtest(lost, lost + gained)
+    [(13, 0, 0.000244140625), (3, 12, 0.03515625), (25, 19, 0.4513808324), (4, 4, 1.0)],
+)
+def test_the_paired_test_is_the_exact_binomial_one(lost, gained, p):
+    before, after = "1" * lost + "0" * gained, "0" * lost + "1" * gained
+    found = score.paired_test(before + "0110", after + "0110")
+    assert found == (lost, gained, pytest.approx(p, rel=1e-6))
+    turned = score.paired_test([*map(int, after)], [*map(int, before)])
+    assert turned == (gained, lost, pytest.approx(p, rel=1e-6))
+
+
+def test_a_paired_test_without_a_difference_tells_nothing():
+    assert score.paired_test("0110", "0110") == score.paired_test([], []) == (0, 0, 1.0)
+
+
+@pytest.mark.parametrize("before, after", [("01", "011"), ("01", "02"), ([0.5], [1])])
+def test_what_is_no_pair_of_verdicts_is_refused(before, after):
+    with pytest.raises(ValueError, match="give 0 or 1 for each of the same questions"):
+        score.paired_test(before, after)
+
+
 def test_pairs_see_a_difference_that_two_intervals_miss():
     rng = np.random.default_rng(0)
     before = rng.normal(3.0, 0.5, 40)  # blocks of a text differ much

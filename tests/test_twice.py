@@ -32,6 +32,7 @@ SMALL = {  # settings with which a notebook takes seconds; the claims may not ho
     "06": "STEPS, BATCH, BASE_QUESTIONS = 2, 2, 3",
     "07": 'ADAPTER, OTHER = [env.cache_dir() / NAME for NAME in ("one", "two")]\n'
     "QUESTIONS, FEW, BATCHES = 13, 6, (1, 2)",
+    "08": 'ADAPTER = env.cache_dir() / "one"\nQUESTIONS, FEW, TOKENS = 6, 6, 8',
 }
 TINY = {  # of the embedded Llama; 16 layers, as the notebooks look at one of them
     "hidden_size": 64,

@@ -1,7 +1,11 @@
 """Ask a model and judge its answers: accuracy, perplexity, and how sure they are."""
 
 from qlora_helpers.score.generate import answering, generate_answers, generation_speed
-from qlora_helpers.score.intervals import bootstrap_interval, paired_interval
+from qlora_helpers.score.intervals import (
+    bootstrap_interval,
+    paired_interval,
+    paired_test,
+)
 from qlora_helpers.score.judged import (
     Accuracy,
     Answer,

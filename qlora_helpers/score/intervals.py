@@ -1,5 +1,6 @@
-"""How sure a mean is: intervals over the same questions."""
+"""How sure a mean or a difference is: intervals and an exact test."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -59,3 +60,33 @@ def paired_interval(before, after, confidence=0.95) -> Interval:
         reach = unseen * (1 + abs(mean))  # a pair can differ by one from 0, two from 1
         low, high = max(-1.0, mean - reach), min(1.0, mean + reach)
     return Interval(mean, low, high)
+
+
+class PairedTest(NamedTuple):
+    """Answers lost and gained, and the probability of so uneven a split by chance."""
+
+    lost: int
+    gained: int
+    p: float
+
+
+def paired_test(before, after) -> PairedTest:
+    """Compare right-or-wrong verdicts on the same questions: the exact McNemar test.
+
+    before, after: 0 or 1 for each question, as numbers or as text ("0110"). `p` is
+    two-sided: if a lost answer and a gained one were equally likely, a split at least
+    as uneven as this one would have this probability. Source: McNemar 1947; the exact
+    form is a binomial test of the pairs that differ.
+    Raises ValueError for verdicts that are not 0 or 1, or not in pairs.
+    """
+    before, after = [[*map(float, verdicts)] for verdicts in (before, after)]
+    if len(before) != len(after) or not set(before + after) <= {0, 1}:
+        raise ValueError(
+            f"got {len(before)} and {len(after)} verdicts, with the values "
+            f"{sorted(set(before + after))}: give 0 or 1 for each of the same questions"
+        )
+    pairs = [*zip(before, after, strict=True)]
+    lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
+    differ = lost + gained
+    tail = sum(math.comb(differ, k) for k in range(min(lost, gained) + 1))
+    return PairedTest(lost, gained, min(1.0, 2 * tail / 2**differ))
