@@ -27,7 +27,7 @@ from qlora_helpers import env, models, records, score, sql, train
 TESTS = ("phrasing", "values", "composition")
 SEEDS = (0, 1, 2)
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-RANKS = (4, 16, 64)
+RANKS = (4, 16)
 EXAMPLES = 6  # solved questions in the prompt of the base model
 PROMPTS = {  # of the base model: the system message, and how many solved questions
     "asked as it is": (records.SYSTEM, 0),
@@ -112,6 +112,7 @@ def trainer_of(row: dict, model, tokenizer):
     settings = common.settings_of(row["steps"], row["batch"], row["learning_rate"])
     settings.seed = row["seed"]
     settings.train_sampling_strategy = row["sampling"]
+    settings.eval_steps, settings.eval_on_start = row["steps"] // 5, True
     validation = common.questions("validation", tokenizer)
     return common.recipe_trainer(
         model, tokenizer, settings, row["rank"], validation=validation
@@ -121,10 +122,7 @@ def trainer_of(row: dict, model, tokenizer):
 def prompts(questions, tokenizer, system: str, count: int) -> list[str]:
     """The text that asks each question, behind `count` solved ones."""
     chats = [records.few_shot(question, system, count) for question in questions]
-    return [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        for chat in chats
-    ]
+    return [records.prompt(chat, tokenizer, None) for chat in chats]
 
 
 def main(workers: int = 2, first: int = 0) -> None:

@@ -9,6 +9,7 @@ from IPython import display
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.container import BarContainer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 # Each has 3:1 contrast on white, and its own dash (lines) and marker
 # (points: marker=plots.MARKERS[i]), so that colour is never the only difference.
@@ -94,21 +95,34 @@ def redraw(fig, alt, handle=None):
     Returns the handle for the next call, in a script None. Raises as `show` does.
     """
     _check(fig, alt)
-    drawn, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(drawn, dpi=DPI, bbox_inches="tight")
-    plt.close(fig)
-    with Image.open(drawn) as picture:  # a palette makes a third of the bytes
-        palette = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    palette.save(small, "PNG", optimize=True)  # without matplotlib's version
+    small = png(fig)
     if not InteractiveShell.initialized():
         return None
-    picture = base64.b64encode(small.getvalue()).decode()
+    picture = base64.b64encode(small).decode()
     data = {"image/png": picture, "text/plain": f"Figure: {alt}"}
     metadata = {"image/png": {"alt": alt}}
     if handle is None:
         return display.display(data, metadata=metadata, raw=True, display_id=True)
     handle.update(data, metadata=metadata, raw=True)
     return handle
+
+
+def png(fig, texts=None) -> bytes:
+    """A figure as the bytes of a small PNG, and close it; `texts` are kept inside it.
+
+    `texts` is {name: text}, for the PNG's text chunks.
+    """
+    drawn, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, dpi=DPI, bbox_inches="tight")
+    plt.close(fig)
+    with Image.open(drawn) as picture:  # a palette makes a third of the bytes
+        palette = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    inside = PngInfo()
+    for name, text in (texts or {}).items():
+        inside.add_text(name, text)
+    # without matplotlib's version
+    palette.save(small, "PNG", optimize=True, pnginfo=inside)
+    return small.getvalue()
 
 
 def _check(fig, alt) -> None:

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from qlora_helpers import env
-from tools import course, predictions
+from tools import course, picture, predictions
 
 new = nbformat.v4
 TEXT_AND_BAR = """import sys, logging
@@ -248,6 +248,88 @@ def test_predictions_of_a_journal_are_plotted(tmp_path, monkeypatch, capsys):
     assert "02.bits" in capsys.readouterr().out
     assert course.main(["predictions", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+# ---- README's picture
+
+SHOWN = (
+    """question: Who was late?
+
+without the adapter:
+All of them,
+I guess.
+-> only a query may run (SELECT or WITH), not ALL
+
+with the adapter:
+SELECT rider FROM ticket WHERE trip=1
+rider
+  Eva
+ Karl
+""",
+    """without the adapter: 3 of 100 right, recorded
+with the adapter: 96 of 100 right, recorded
+""",
+)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A notebook with the two cells whose outputs the picture shows."""
+    cells = []
+    for id, text in zip(picture.CELLS, SHOWN, strict=True):
+        output = new.new_output("stream", name="stdout", text=text)
+        cells.append(new.new_code_cell("print()", id=id, outputs=[output]))
+    path = tmp_path / "00_first.ipynb"
+    path.write_text(nbformat.writes(new.new_notebook(cells=cells)), encoding="utf-8")
+    return path
+
+
+def test_the_picture_is_current():
+    assert picture.stored_hash() == picture.made_from(picture.read()), (
+        "docs/before_after.png is out of date: python -m tools.course picture"
+    )
+    assert picture.PICTURE.stat().st_size <= 60_000
+
+
+def test_the_words_for_the_picture_say_what_it_shows():
+    readme = (env.ROOT / "README.md").read_text(encoding="utf-8")
+    [words] = re.findall(r"!\[(.+)\]\(docs/before_after\.png\)", readme)
+    facts = picture.read()
+    assert re.findall(r"(\d+) of 100", words) == [facts["before"], facts["after"]]
+
+
+def test_the_picture_is_made_from_printed_text(source, tmp_path):
+    png = picture.main(source, tmp_path / "picture.png")
+    facts = picture.read(source)
+    assert facts == {
+        "question": "Who was late?",
+        "wrong": "All of them,\nI guess.",
+        "sql": "SELECT rider FROM ticket WHERE trip=1",
+        "rows": "rider\n  Eva\n Karl\n",
+        "before": "3",
+        "after": "96",
+    }
+    shown = [text.get_text() for text in picture.draw(facts).axes[0].texts]
+    for words in ("Who was late?", "Eva, Karl", "96 of 100 answers are right"):
+        assert words in shown
+    assert picture.stored_hash(png) == picture.made_from(facts)
+    assert picture.stored_hash(png) != picture.made_from(facts | {"after": "97"})
+
+
+def test_a_picture_without_its_outputs_says_what_to_run(source, tmp_path):
+    notebook = read(source)
+    notebook.cells[1].outputs = []
+    source.write_text(nbformat.writes(notebook), encoding="utf-8")
+    with pytest.raises(ValueError, match="'before'.*`make outputs NOTEBOOKS=00`"):
+        picture.main(source, tmp_path / "picture.png")
+
+
+def test_new_outputs_give_a_new_picture(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(picture, "SOURCE", folder / "00_first.ipynb")
+    monkeypatch.setattr(picture, "main", lambda: drawn.append(True))
+    course.outputs(folder=folder)
+    assert drawn == [True]
 
 
 # ---- the house

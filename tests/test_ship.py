@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from qlora_helpers import env, models, records, score, train
-from qlora_helpers.ship import gguf_file, merge
+from qlora_helpers.ship import gguf_file, llama_cpp, merge
 
 QUESTIONS = records.load("phrasing")[:6]
 
@@ -128,13 +128,13 @@ def test_what_was_exported_is_read_back_bit_for_bit(folder, source, tmp_path):
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
 def test_llama_cpp_answers_with_the_same_words(folder, source, answers, tmp_path, kind):
     file = gguf_file.to_gguf(folder, source, tmp_path / "m.gguf", kind)
-    server = llama_cpp(file)
+    server = serve_with_llama_cpp(file)
     client = openai.OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
     said = [ask(client, record) for record in QUESTIONS]
     assert sum(a == b for a, b in zip(said, answers, strict=True)) >= 5
 
 
-def llama_cpp(file):
+def serve_with_llama_cpp(file):
     """A server on loopback, for as long as it is held."""
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
@@ -274,7 +274,7 @@ def refused(folder, source, out, said, kind="F16", error=ValueError):
 
 def greedy(file, prompts):
     """The tokens with which llama.cpp goes on."""
-    server, said = llama_cpp(file), []
+    server, said = serve_with_llama_cpp(file), []
     for ids in prompts:
         asked = {"prompt": ids, "n_predict": 5, "temperature": 0, "return_tokens": True}
         request = urllib.request.Request(
@@ -537,7 +537,7 @@ def test_a_prompt_begins_in_llama_cpp_as_in_transformers(
     tokenizer = a_tokenizer(template, adds_start)
     folder = save(tmp_path / "small", llama(), tokenizer)
     source = write_source(tmp_path / "source.gguf", llama())
-    server = llama_cpp(gguf_file.to_gguf(folder, source, out))
+    server = serve_with_llama_cpp(gguf_file.to_gguf(folder, source, out))
     client = openai.OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
     if template:
         chat = [{"role": "user", "content": "the"}]
@@ -630,3 +630,69 @@ def wait_for(address, server, seconds=120):
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.5)
     raise TimeoutError(f"{address} does not answer after {seconds} s")
+
+
+# ---- llama.cpp's own quantizer
+
+
+@pytest.fixture(scope="module")
+def sixteen(folder, source, tmp_path_factory):
+    """The merged folder as a GGUF file of type F16."""
+    return gguf_file.to_gguf(
+        folder, source, tmp_path_factory.mktemp("f16") / "f16.gguf"
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_llama_cpp_writes_the_bytes_of_the_gguf_package(sixteen, tmp_path, kind):
+    """So what a merge loses in such a type can be simulated without llama.cpp."""
+    file = llama_cpp.quantize(sixteen, tmp_path / "m.gguf", kind)
+    before = {tensor.name: tensor for tensor in gguf.GGUFReader(sixteen).tensors}
+    quantized = 0
+    for tensor in gguf.GGUFReader(file).tensors:
+        weight = np.float32(before[tensor.name].data)
+        expected = gguf.quants.quantize(weight, tensor.tensor_type)
+        assert np.array_equal(tensor.data, expected), tensor.name
+        quantized += tensor.tensor_type.name == kind
+    assert quantized >= 210
+    llama_cpp.quantize(sixteen, file, kind)  # over its own file
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_q4_k_m_is_more_than_its_name_where_rows_are_short(sixteen, answers, tmp_path):
+    file = llama_cpp.quantize(sixteen, tmp_path / "m.gguf", "Q4_K_M")
+    types = [tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors]
+    assert types.count("Q4_K") == 16 and types.count("Q5_0") == 166
+    server = serve_with_llama_cpp(file)
+    client = openai.OpenAI(base_url=f"{server.listening_address}/v1", api_key="none")
+    said = [ask(client, record) for record in QUESTIONS]
+    assert sum(a == b for a, b in zip(said, answers, strict=True)) >= 4
+
+
+def test_what_llama_cpp_refuses_is_said_in_its_words(sixteen, tmp_path):
+    four_bits = llama_cpp.quantize(sixteen, tmp_path / "four.gguf", "Q4_0")
+    with pytest.raises(ValueError, match="requantizing from type q4_0.*as F16 or BF16"):
+        llama_cpp.quantize(four_bits, tmp_path / "eight.gguf", "Q8_0")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(sixteen.read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match="cannot make Q8_0 from .*broken.gguf"):
+        llama_cpp.quantize(broken, tmp_path / "eight.gguf", "Q8_0")
+    assert {*tmp_path.iterdir()} == {four_bits, broken}
+
+
+def test_an_unknown_type_a_lost_source_and_a_foreign_file_are_refused(tmp_path):
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match="'Q4_K_L' is unknown: take one of Q8_0, Q6_K"):
+        llama_cpp.quantize(other, tmp_path / "m.gguf", "Q4_K_L")
+    with pytest.raises(FileNotFoundError, match="gone.gguf is not a file"):
+        llama_cpp.quantize(tmp_path / "gone.gguf", tmp_path / "m.gguf")
+    with pytest.raises(FileExistsError, match="was not written by this package"):
+        llama_cpp.quantize(__file__, other)
+    assert other.read_bytes() == b"somebody's"
+
+
+def test_without_its_wheel_the_quantizer_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(llama_cpp, "PACKAGE", "no_such_wheel")
+    with pytest.raises(ModuleNotFoundError, match="pip install no-such-wheel"):
+        llama_cpp.llama_library()

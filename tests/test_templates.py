@@ -1,6 +1,6 @@
 """Bases with and without a chat template: the same tokens in training and after.
 
-The notebooks that take any base run here on one without a template.
+The notebooks that take any base run here on one without a template, which gets ours.
 """
 
 import json
@@ -32,7 +32,7 @@ TEMPLATES = {
     "{% if message['role'] == 'assistant' %} {{ message['content'] }} {{ eos_token }}"
     "{% else %}{{ bos_token }}[INST] {{ message['content'] | trim }} [/INST]{% endif %}"
     "{% endfor %}",
-    "none": None,
+    "none": None,  # the course gives one
 }
 ROWS = [
     {"instruction": " Name a bird. ", "input": "", "output": "Owl "},
@@ -55,6 +55,7 @@ def of_a_base(template, end=""):
         single=f"{BOS} $A {end}".strip(),
         special_tokens=[(BOS, tokenizer.bos_token_id), *behind],
     )
+    models.give_template(tokenizer)
     return tokenizer
 
 
@@ -67,14 +68,18 @@ def llama():
 
 
 def trained_contexts(model, tokenizer, dataset, folder):
-    """The tokens before the first one that carries loss, of each row that TRL made."""
+    """The tokens before each stretch that carries loss, of each row of the trainer."""
     settings = train.sft_config(env.profile(), folder, 1, 2, 1e-3)
     wrapped = get_peft_model(model, train.lora_config(4, 8))
     trainer = train.build_trainer(wrapped, tokenizer, dataset, settings)
     wrapped.unload()
     batch = trainer.data_collator(list(trainer.train_dataset))
-    rows = zip(batch["input_ids"], batch["labels"], strict=True)
-    return [ids[: (labels != -100).nonzero()[0]].tolist() for ids, labels in rows]
+    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+    return [
+        ids[:start]
+        for ids, labels in rows
+        for start, _ in train.effective.spans(labels)
+    ]
 
 
 def judged_contexts(model, tokenizer, rows, system):
@@ -110,6 +115,69 @@ def test_training_and_judging_see_the_same_tokens(name, end, llama, tmp_path):
         assert context.count(begins) == (name != "embedded")
         assert (context[0] == begins) == (name != "embedded")
         assert ("Answer in a word." in tokenizer.decode(context)) == bool(system)
+
+
+CHAT = [
+    {"role": "user", "content": "Name a bird."},
+    {"role": "assistant", "content": "Owl."},
+    {"role": "user", "content": "Another one?"},
+    {"role": "assistant", "content": "Raven."},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_turn_of_a_chat_is_trained_as_it_is_asked(name, llama, tmp_path):
+    tokenizer = of_a_base(TEMPLATES[name])
+    rows = [{"messages": CHAT}, ROWS[2]]
+    dataset = records.to_prompt_completion(rows, tokenizer, system=None)
+    trained = trained_contexts(llama, tokenizer, dataset, str(tmp_path))
+    singles = [{"messages": CHAT[:2]}, *rows]
+    assert trained == judged_contexts(llama, tokenizer, singles, None)
+    for row in dataset:
+        learned = zip(row["input_ids"], row["completion_mask"], strict=True)
+        said = [token for token, carries in learned if carries]
+        answers = row["prompt"][1::2] + row["completion"]
+        assert said.count(tokenizer.eos_token_id) == len(answers)
+        text = tokenizer.decode(said).replace(END, "")
+        wanted = "".join(turn["content"] for turn in answers)
+        assert "".join(text.split()) == "".join(wanted.split())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_our_tokens_are_those_that_trl_makes_itself(name, llama, tmp_path):
+    tokenizer = of_a_base(TEMPLATES[name])
+    dataset = records.to_prompt_completion(ROWS, tokenizer, system=None)
+    made = []
+    for given in (dataset, dataset.select_columns(["prompt", "completion"])):
+        settings = train.sft_config(env.profile(), str(tmp_path), 1, 2, 1e-3)
+        wrapped = get_peft_model(llama, train.lora_config(4, 8))
+        trainer = train.build_trainer(wrapped, tokenizer, given, settings)
+        wrapped.unload()
+        columns = trainer.train_dataset.select_columns(["input_ids", "labels"])
+        made.append(columns.to_list())
+    assert made[0] == made[1]
+
+
+def test_a_base_without_a_template_gets_one_that_its_adapter_keeps(
+    base, tmp_path, capsys
+):
+    model, tokenizer = models.load_base(base, train.nf4_config(env.profile()))
+    assert "no chat template: it gets the layout ### Instr" in capsys.readouterr().out
+    model = get_peft_model(model, train.lora_config(4, 8))
+    saved = adapters.save_adapter(
+        model, tokenizer, tmp_path / "adapter", models.base_identity(base)
+    )
+    again = AutoTokenizer.from_pretrained(saved)  # as vLLM and others open it
+    ids = again.apply_chat_template(
+        CHAT[:3], add_generation_prompt=True, return_dict=False
+    )
+    assert ids == records.context_ids(CHAT[:3], tokenizer)
+    assert again.decode(ids) == (
+        f"{BOS}### Instruction:\nName a bird.\n\n### Response:\nOwl.{END}"
+        "### Instruction:\nAnother one?\n\n### Response:\n"
+    )
+    kept = again.chat_template
+    assert not models.give_template(again) and again.chat_template == kept
 
 
 # ---- notebooks 06 and 07 on a base without a template
@@ -149,7 +217,9 @@ def base(llama, tmp_path_factory):
     """A folder with a tiny Llama whose tokenizer has no template and writes a BOS."""
     folder = tmp_path_factory.mktemp("base")
     llama.save_pretrained(folder)
-    of_a_base(None).save_pretrained(folder)
+    tokenizer = of_a_base(None)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -171,13 +241,11 @@ def test_06_runs_on_a_base_without_a_template(base, tmp_path):
     said = run_cells("notebooks/06_train_llama.ipynb", settings, tmp_path)
     whole = "\n".join(said)
     [first] = [text for text in said if text.startswith("8 records")]
-    assert f"{records.SYSTEM}\n\n### Instruction:\n" in first
-    assert "### Response:\nSELECT MAX(late) FROM trip" in first
-    [own] = [text for text in said if "It leaves at dusk" in text]
-    assert own.startswith("Be brief.\n\n### Instruction:\nName the train.")
-    assert "error: row 1: output is empty" in own
+    assert f"system: {records.SYSTEM}\n" in first
+    assert "assistant: SELECT MAX(late) FROM trip" in first
     [shown] = [text for text in said if "in [brackets]" in text]
     assert shown.startswith(BOS) and f"[{END}]\n" in shown
+    assert r"price meal)\n\n### Instruction:\n" in shown.replace("Ċ", r"\n")
     assert "06.reloaded: holds" in whole and "06.account: holds" in whole
 
 

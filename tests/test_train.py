@@ -193,6 +193,87 @@ def test_rows_of_tokens_that_are_too_long_are_refused(model, tokenizer, tmp_path
         train.check_effective(trainer, env.profile())
 
 
+TURNS = [("user", "Name a bird."), ("assistant", "Owl."), ("user", "Another?")]
+CHAT = [{"role": role, "content": text} for role, text in TURNS]
+CHAT.append({"role": "assistant", "content": "Raven."})
+
+
+def test_chats_of_several_turns_are_checked_and_learned(
+    model, tokenizer, tmp_path, capsys
+):
+    some = [{"messages": CHAT}] * 3 + [{"instruction": "Sing.", "output": "La."}]
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    dataset = rows(tokenizer, some, system=None)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    train.check_effective(trainer, env.profile())
+    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; 4 teach the end" in (
+        capsys.readouterr().out
+    )
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    learned = batch["labels"][0][batch["labels"][0] != -100]
+    assert tokenizer.decode(learned) == "Owl.<|im_end|>\nRaven.<|im_end|>\n"
+    trainer.train()
+
+
+def spoilt(dataset, mask):
+    """The dataset with another loss mask, made from the tokens and the right mask."""
+
+    def of_row(row):
+        return {"completion_mask": mask(row["input_ids"], row["completion_mask"])}
+
+    return dataset.map(of_row)
+
+
+def from_the_first(ids, mask):
+    first = mask.index(1)
+    return [0] * first + [1] * (len(ids) - first)
+
+
+def the_last_only(ids, mask):
+    last = len(mask) - mask[::-1].index(0)
+    return [0] * last + [1] * (len(ids) - last)
+
+
+def without_ends(ids, mask):
+    marks = (2, 198)  # <|im_end|> and the line break behind it
+    return [m * (i not in marks) for i, m in zip(ids, mask, strict=True)]
+
+
+def one_earlier(ids, mask):
+    return [int(any(mask[n : n + 2])) for n in range(len(mask))]
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (from_the_first, "4 of 4 rows carry loss on text that the assistant does not"),
+        (one_earlier, "4 of 4 rows are trained with prompt tokens"),
+        (the_last_only, "4 of 8 answers carry no loss"),
+        (lambda ids, mask: [0, 0, 1] + mask[3:], "4 of 4 rows .* prompt tokens"),
+        (lambda ids, mask: [1] * len(ids), "asked for it: only answers carry loss"),
+        (without_ends, "4 of 4 rows do not teach an end token"),
+    ],
+)
+def test_loss_elsewhere_or_nowhere_is_found(mask, said, model, tokenizer, tmp_path):
+    dataset = rows(tokenizer, [{"messages": CHAT}] * 4, system=None)
+    dataset = spoilt(dataset, mask)
+    settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    with pytest.raises(RuntimeError, match=said):
+        train.check_effective(trainer, env.profile())
+
+
+@pytest.mark.parametrize("limit", [54, 50, 44])
+def test_a_chat_that_is_cut_anywhere_is_found(limit, model, tokenizer, tmp_path):
+    dataset = rows(tokenizer, [{"messages": CHAT}] * 4, system=None)
+    [length] = {len(ids) for ids in dataset["input_ids"]}
+    assert limit < length
+    settings = train.sft_config(env.profile(), str(tmp_path / "r"), 1, 4, 1e-2, limit)
+    trainer = train.build_trainer(model, tokenizer, dataset, settings)
+    with pytest.raises(RuntimeError, match=f"4 of 4 rows .* max_length={limit}"):
+        train.check_effective(trainer, env.profile())
+
+
 def test_every_row_s_prompt_must_be_masked(model, tokenizer, tmp_path):
     ids = [list(range(100, 200))] * 9
     masks = [[0] * 50 + [1] * 50] + [[1] * 100] * 8
@@ -200,7 +281,7 @@ def test_every_row_s_prompt_must_be_masked(model, tokenizer, tmp_path):
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     with pytest.raises(
-        RuntimeError, match=r"asked for it: [^(]*prompt carries no loss"
+        RuntimeError, match=r"asked for it: [^(]*only answers carry loss"
     ):
         train.check_effective(trainer, env.profile())
 
@@ -604,7 +685,7 @@ def test_shuffled_rows_are_no_fault(model, tokenizer, tmp_path):
 
 def test_a_prompt_that_carries_loss_is_called_so(model, tokenizer, tmp_path):
     trainer = trainer_with(model, tokenizer, tmp_path, completion_only_loss=False)
-    with pytest.raises(RuntimeError, match=r"asked for it: [^(]*carries no loss"):
+    with pytest.raises(RuntimeError, match=r"asked for it: [^(]*only answers carry"):
         train.check_effective(trainer, env.profile())
 
 

@@ -21,7 +21,8 @@ from tools import course
 
 NOTEBOOKS = {path.stem[:2]: path for path in course.find()}
 SMALL = {  # settings with which a notebook takes seconds; the claims may not hold
-    "00": "STEPS, BATCH, QUESTIONS = 2, 2, 3",
+    "00": 'ADAPTER = env.cache_dir() / "one"\n'
+    "QUESTION, STEPS, BATCH, QUESTIONS = 0, 2, 2, 3",
     "01": "SAMPLES, SEEDS, FRESH_STEPS, LAYERS = 2**14, 2, 4, [0, 15]",
     "02": 'SAMPLES, SHAPES = 2, ["1B", "8B"]',
     "03": "ROWS, TOKENS, STEPS, BATCH = 4, 32, 2, 2",
@@ -31,6 +32,7 @@ SMALL = {  # settings with which a notebook takes seconds; the claims may not ho
     "06": "STEPS, BATCH, BASE_QUESTIONS = 2, 2, 3",
     "07": 'ADAPTER, OTHER = [env.cache_dir() / NAME for NAME in ("one", "two")]\n'
     "FEW = 6",
+    "08": 'ADAPTER = env.cache_dir() / "one"\nQUESTIONS, FEW, TOKENS = 6, 6, 8',
 }
 TINY = {  # of the embedded Llama; 16 layers, as the notebooks look at one of them
     "hidden_size": 64,

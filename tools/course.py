@@ -1,7 +1,7 @@
 """Run the course, store its outputs, and build the learner's face.
 
 Use: python -m tools.course outputs|run [NOTEBOOK ...]
-     python -m tools.course learner|stamp|fetch
+     python -m tools.course learner|stamp|picture|fetch
      python -m tools.course predictions [JOURNAL or FOLDER]
 """
 
@@ -26,7 +26,7 @@ from nbconvert import HTMLExporter
 from qlora_helpers import env
 from qlora_helpers.lesson import recordings
 from qlora_helpers.model_files import write_whole
-from tools import predictions
+from tools import picture, predictions
 
 NOTEBOOKS = env.ROOT / "notebooks"
 LEARNER = env.ROOT / "my_course"
@@ -130,12 +130,17 @@ def outputs(names=(), folder=NOTEBOOKS) -> None:
 
 
 def store(path, notebook) -> None:
-    """Replace a notebook by its executed self, each code cell with its hash."""
+    """Replace a notebook by its executed self, each code cell with its hash.
+
+    README's picture shows outputs of one notebook, and is drawn again with them.
+    """
     notebook = clean(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata["output_sha256"] = output_hash(cell)
     write_whole(path, nbformat.writes(notebook))
+    if pathlib.Path(path) == picture.SOURCE:
+        picture.main()
 
 
 def run(names=(), folder=NOTEBOOKS, build=BUILD) -> None:
@@ -355,6 +360,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.course")
     on_notebooks = {"outputs": outputs, "run": run}
     others = {"learner": learner, "stamp": stamp, "fetch": fetch}
+    others["picture"] = picture.main
     commands = [*on_notebooks, *others, "predictions"]
     parser.add_argument("command", choices=commands)
     parser.add_argument(

@@ -4,6 +4,7 @@ import sys
 
 try:
     from qlora_helpers.env.machine import (
+        GATED,
         GIB,
         ROOT,
         TESTED,

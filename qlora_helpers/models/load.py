@@ -14,6 +14,7 @@ from qlora_helpers import env
 from qlora_helpers.model_files import has_tokenizer, weight_files
 from qlora_helpers.models.shapes import llama_config
 from qlora_helpers.models.sources import EMBEDDED, base_folder
+from qlora_helpers.models.template import give_template
 
 
 def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
@@ -21,7 +22,8 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
 
     name, revision: as in base_folder. quantization: a BitsAndBytesConfig or None.
     dtype: of what is not quantized; by default the compute dtype of the 4-bit config,
-    else the profile's. The tokenizer has a pad token.
+    else the profile's. The tokenizer has a pad token, and a chat template: that of
+    `give_template` where the base brings none.
 
     Raises what base_folder does, and FileNotFoundError or ValueError for a base that is
     damaged or not complete.
@@ -54,6 +56,8 @@ def load_base(name=EMBEDDED, quantization=None, dtype=None, revision=None):
         kept = "<|finetune_right_pad_id|>"
         has_one = kept in tokenizer.get_vocab()
         tokenizer.pad_token = kept if has_one else tokenizer.eos_token
+    if tokenizer.eos_token and give_template(tokenizer):
+        print(f"{name} has no chat template: it gets the layout ### Instruction:")
     for config in (model.config, model.generation_config):
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id

@@ -1,11 +1,13 @@
-"""Records (text-to-SQL, Alpaca) to prompt and completion.
+"""Records (text-to-SQL, Alpaca, chats) to prompt, completion and their tokens.
 
 A record is a dict with Alpaca's columns: `instruction`, `input` (may be empty) and
-`output`. A column `system` can hold the record's own system message. The model learns
-only the completion; the prompt carries no loss.
+`output`; or with a chat of one or several turns in `messages`. A column `system` can
+hold the record's own system message. The model learns only what the assistant says.
 """
 
-from qlora_helpers.records.checks import COLUMNS, as_list, check_record
+from qlora_helpers.models.template import leading_ids
+from qlora_helpers.records.checks import COLUMNS, as_list, check_record, in_row
+from qlora_helpers.records.files import read
 from qlora_helpers.records.night_trains import (
     SPLITS,
     SYSTEM,
@@ -18,8 +20,8 @@ from qlora_helpers.records.night_trains import (
 from qlora_helpers.records.prompts import (
     MAX_LENGTH,
     alpaca_layout,
+    answer,
     context_ids,
-    leading_ids,
     messages,
     prompt,
     to_prompt_completion,

@@ -1,55 +1,119 @@
-"""Whether records can be trained on, and what to do with those that cannot."""
+"""Whether records can be trained on, and what to do with those that cannot.
 
+An error reads `what is wrong: details and what to do`, so that rows can be counted by
+what is wrong.
+"""
+
+import contextlib
 import reprlib
 
 COLUMNS = ("instruction", "input", "output")
-KNOWN = {*COLUMNS, "system", "history", "family", "rule", "ordered"}
+CHATS = {  # columns with a chat: what a turn calls its role and its text
+    "messages": ("role", "content"),
+    "conversations": ("from", "value"),  # as ShareGPT has it
+}
+ROLES = {"human": "user", "gpt": "assistant"}
+KNOWN = {*COLUMNS, *CHATS, "system", "history", "family", "rule", "ordered"}
 RENAMES = [  # columns of other data sets, and what to call them
     {"prompt": "instruction", "completion": "output"},
     {"prompt": "instruction", "response": "output"},
     {"question": "instruction", "answer": "output"},
     {"response": "output"},
 ]
-ROLES = {  # of a chat's turns: the column that holds such a turn's text
-    "system": "system",
-    "user": "instruction",
-    "human": "instruction",
-    "assistant": "output",
-    "gpt": "output",
-}
+TURNS = (
+    "write a chat into 'messages', as a list of turns such as "
+    "{'role': 'user', 'content': 'Hello'}"
+)
 
 
-def check_record(record: dict, row: int) -> None:
-    """Raise ValueError, naming the row, unless a record can be trained on.
+@contextlib.contextmanager
+def in_row(row: int):
+    """Name the row in a ValueError that is raised for a record; its cause stays."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from error.__cause__
 
-    `instruction` and `output` must be text; `input` and `system` may be empty or
-    absent. A record with earlier turns in `history` is refused.
+
+def check_record(record: dict) -> None:
+    """Raise ValueError unless a record can be trained on.
+
+    Either `instruction` and `output` are text, and `input` may be empty or absent; or
+    `messages` (or ShareGPT's `conversations`) holds a chat whose last turn is the
+    assistant's. `system` may be text, empty or absent.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"row {row} is {record!r}: expected a dict with {COLUMNS}")
-    for column in (*COLUMNS, "system"):
+        raise ValueError(f"it is no dict: it is {reprlib.repr(record)}; give {COLUMNS}")
+    chat = turns(record)
+    for column in ("system",) if chat else (*COLUMNS, "system"):
         value = record.get(column)
         needed = column in ("instruction", "output")
         if needed and column not in record:
-            columns = sorted(map(str, record))
+            columns = ", ".join(sorted(map(str, record)))
             raise ValueError(
-                f"row {row} has no column {column!r}, only {columns}: {advice(record)}"
+                f"no column {column!r}: the columns are {columns}; {advice(record)}"
             )
         if not isinstance(value, str | None):
-            way = f": {advice(record)}" if isinstance(value, list) else ""
-            kind = type(value).__name__
+            way = TURNS if isinstance(value, list) else "make it text"
             raise ValueError(
-                f"row {row}: {column} is {reprlib.repr(value)} ({kind}), not text{way}"
+                f"{column} is not text: it is {reprlib.repr(value)} "
+                f"({type(value).__name__}); {way}"
             )
         if needed and not (value or "").strip():
-            raise ValueError(f"row {row}: {column} is empty: drop it or fill it in")
-    history = record.get("history")
-    # pandas writes NaN, a float, where a row has no history
-    if history and not isinstance(history, float):
+            raise ValueError(f"{column} is empty: drop it or fill it in")
+    if given(record, "history"):
+        raise ValueError("history holds earlier turns: clear this column, and " + TURNS)
+
+
+def given(record: dict, column: str):
+    """What a record has in a column; None where it is empty, or pandas wrote NaN."""
+    value = record.get(column)
+    return None if isinstance(value, float) else value or None
+
+
+def turns(record: dict) -> list[dict] | None:
+    """The chat in a record as turns with `role` and `content`; None if it has none.
+
+    Raises ValueError for a chat that cannot be trained on.
+    """
+    columns = [column for column in CHATS if given(record, column)]
+    if not columns:
+        return None
+    more = [c for c in (*CHATS, *COLUMNS) if given(record, c) and c != columns[0]]
+    if more:
+        raise ValueError(f"{columns[0]} and {more[0]} are both filled: clear one")
+    [column], found = columns, []
+    role, text = CHATS[column]
+    if not isinstance(record[column], list):
+        raise ValueError(f"{column} is no list: {TURNS}")
+    for place, turn in enumerate(record[column]):
+        if not isinstance(turn, dict) or not {role, text} <= set(turn):
+            raise ValueError(
+                f"a turn lacks {role!r} or {text!r}: turn {place} of {column} is "
+                f"{reprlib.repr(turn)}; {TURNS}"
+            )
+        said, content = str(turn[role]), turn[text]
+        if not isinstance(content, str):
+            raise ValueError(
+                f"a turn is not text: turn {place} of {column} is "
+                f"{reprlib.repr(content)} ({type(content).__name__}); make it text"
+            )
+        said = ROLES.get(said, said)
+        if not content.strip() and said != "system":
+            raise ValueError(
+                f"a turn is empty: turn {place} of {column}; drop the record or fill "
+                "the turn in"
+            )
+        found.append({"role": said, "content": content})
+    roles = [turn["role"] for turn in found]
+    asked = roles[1:] if roles[0] == "system" else roles
+    if not asked or asked != ["user", "assistant"] * (len(asked) // 2):
         raise ValueError(
-            f"row {row}: history holds earlier turns, but only one turn is supported: "
-            "clear the column 'history', and write what it says into 'instruction'"
+            f"the turns do not alternate: the roles in {column} are "
+            f"{reprlib.repr(roles)}; give a system message or none, and then user and "
+            "assistant in turn, the assistant last"
         )
+    return found
 
 
 def advice(record: dict) -> str:
@@ -58,36 +122,14 @@ def advice(record: dict) -> str:
         if all(isinstance(record.get(name), str) for name in names):
             pairs = (f"{old} to {new}" for old, new in names.items())
             return "rename " + " and ".join(pairs)
-    if turns := _turns(record):
-        columns = [c for c in ("system", "instruction", "output") if c in turns]
-        made = ", ".join(f"{column!r}: {turns[column]}" for column in columns)
-        whole = {"instruction", "output"} <= set(columns)
-        code = f", such as {{{made}}}" if whole else ""
-        return (
-            "several turns are not supported: put the text of the role user into "
-            "instruction, that of assistant into output and that of system, if any, "
-            f"into system{code}"
-        )
+    if any(isinstance(value, list) for value in record.values()):
+        return TURNS
     if isinstance(record.get("text"), str):
         return (
             "the column 'text' seems to hold question and answer: write the question "
             "into instruction and the answer into output"
         )
     return "rename or convert: instruction, input, output and system must be text"
-
-
-def _turns(record: dict) -> dict:
-    """For each of our columns: the code that takes its text from a record's chat."""
-    found = {}
-    for name, chat in record.items():
-        if name == "history" or not isinstance(chat, list):
-            continue
-        for place, turn in enumerate(chat):
-            if isinstance(turn, dict):
-                column = ROLES.get(str(turn.get("role", turn.get("from"))))
-                text = "value" if "value" in turn else "content"
-                found.setdefault(column, f"row[{name!r}][{place}][{text!r}]")
-    return found
 
 
 def as_list(records) -> list[dict]:
@@ -101,7 +143,7 @@ def as_list(records) -> list[dict]:
         raise ValueError(
             f"records is a {type(records).__name__}: give a list of dicts, one for "
             "each record, such as records['train'] of a DatasetDict, "
-            "records.to_dict('records') of a DataFrame, or what was read from a file"
+            "records.to_dict('records') of a DataFrame, or records.read(path) of a file"
         )
     if not (found := list(records)):
         raise ValueError("the list of records is empty: give at least one record")

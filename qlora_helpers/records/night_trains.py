@@ -44,19 +44,20 @@ def told() -> str:
     return f"{ask}\n{SYSTEM}\nThe house rules:\n{lines}".strip()
 
 
-def few_shot(record: dict, system: str, count: int) -> list[dict]:
-    """The chat that solves `count` training questions before it asks a record's own.
+def few_shot(record: dict, system: str, count: int) -> dict:
+    """The record as a chat that first solves `count` training questions.
 
-    The questions are the first ones of different families.
+    They are the first ones of different families. `system` is the system message.
     """
     families = {}
     for example in load("train"):
         families.setdefault(example["family"], example)
     chat = [{"role": "system", "content": system}]
-    for example in [*families.values()][:count]:
-        chat.append({"role": "user", "content": example["instruction"]})
-        chat.append({"role": "assistant", "content": example["output"]})
-    return [*chat, {"role": "user", "content": record["instruction"]}]
+    for solved in [*[*families.values()][:count], record]:
+        chat.append({"role": "user", "content": solved["instruction"]})
+        chat.append({"role": "assistant", "content": solved["output"]})
+    kept = {name: record[name] for name in ("rule", "ordered")}
+    return kept | {"messages": chat}
 
 
 def _read(name: str) -> str:

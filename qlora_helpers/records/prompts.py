@@ -1,23 +1,18 @@
-"""Records to prompt and completion, by a chat template or without one."""
+"""Records to prompts, completions and tokens, by the tokenizer's chat template."""
 
 import reprlib
-import warnings
 
 from datasets import Dataset
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
+from tqdm.auto import tqdm
 
 from qlora_helpers import env
-from qlora_helpers.records.checks import KNOWN, as_list, check_record
+from qlora_helpers.models.template import INSTRUCTION, leading_ids
+from qlora_helpers.records.checks import KNOWN, as_list, check_record, in_row, turns
 
 MAX_LENGTH = 512  # tokens of a record; records and trainer need the same number
 NO_SYSTEM = "pass system=None, drop the column system, and put its text in instruction"
-
-
-def leading_ids(tokenizer) -> list[int]:
-    """The ids that a tokenizer puts before a text: usually BOS or nothing."""
-    [first, *_] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    return ids[: ids.index(first)]
+SHOWN = 5  # row numbers of each reason
 
 
 def context_ids(prompt: str | list[dict], tokenizer) -> list[int]:
@@ -35,43 +30,45 @@ def context_ids(prompt: str | list[dict], tokenizer) -> list[int]:
     return start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
-def alpaca_layout(record: dict, system: str | None = None) -> str:
-    """The `### Instruction:` prompt, for base models that have no chat template.
-
-    The system message, if there is one, comes before it.
-    Source: Stanford Alpaca's prompt without its preamble.
-    """
-    system = _system_of(record, system)
-    extra = (record.get("input") or "").strip()
-    text = f"{system}\n\n" if system else ""
-    text += f"### Instruction:\n{record['instruction']}\n\n"
-    text += f"### Input:\n{extra}\n\n" if extra else ""
-    return f"{text}### Response:\n"
-
-
 def messages(record: dict, system: str | None) -> list[dict]:
-    """The chat that asks a record's question; system: its system message, or None.
+    """The chat that asks for a record's (last) answer; system: its message, or None.
 
-    Without one, SmolLM2's template adds a system message of its own.
+    A record's own system message goes before `system`. Without any, SmolLM2's template
+    adds one of its own.
     """
-    system = _system_of(record, system)
-    extra = (record.get("input") or "").strip()
-    start = [{"role": "system", "content": system}] if system else []
-    question = record["instruction"] + (f"\n\n{extra}" if extra else "")
-    return [*start, {"role": "user", "content": question}]
-
-
-def _system_of(record: dict, system: str | None) -> str | None:
-    """A record's own system message, else `system`; white space counts as none."""
-    for text in (record.get("system"), system):
+    chat = turns(record)
+    if chat:
+        own = chat.pop(0)["content"] if chat[0]["role"] == "system" else None
+        asked = chat[:-1]
+    else:
+        own, extra = None, (record.get("input") or "").strip()
+        question = record["instruction"]
+        question += f"\n\n### Input:\n{extra}" if extra else ""
+        asked = [{"role": "user", "content": question}]
+    for text in (own, record.get("system"), system):
         if not isinstance(text, str | None):
             raise ValueError(
                 f"system is {reprlib.repr(text)} ({type(text).__name__}): give the "
                 "system message as text, or None"
             )
-        if text and text.strip():
-            return text
-    return None
+        if text and text.strip():  # white space counts as none
+            return [{"role": "system", "content": text}, *asked]
+    return asked
+
+
+def answer(record: dict) -> str:
+    """What a record wants to be answered: its output, or its chat's last turn."""
+    chat = turns(record)
+    return chat[-1]["content"] if chat else record["output"]
+
+
+def alpaca_layout(record: dict, system: str | None = None) -> str:
+    """The `### Instruction:` prompt, as a base without a template of its own gets it.
+
+    The system message, if there is one, comes before it. Source: Stanford Alpaca's
+    prompt without its preamble.
+    """
+    return Template(INSTRUCTION).render(messages=messages(record, system))
 
 
 def _render(chat: list[dict], tokenizer, ask: bool) -> str:
@@ -81,10 +78,10 @@ def _render(chat: list[dict], tokenizer, ask: bool) -> str:
             chat, tokenize=False, add_generation_prompt=ask
         )
     except TemplateError as error:
-        if chat[0]["role"] != "system":
-            raise
+        system = chat[0]["role"] == "system"
         raise ValueError(
-            f"the chat template refuses the system message ({error}): {NO_SYSTEM}"
+            f"the chat template refuses the {'system message' if system else 'chat'} "
+            f"({error}): {NO_SYSTEM if system else 'use another template'}"
         ) from None
     another = "use a template that writes each text as it is"
     repairs = {
@@ -100,93 +97,131 @@ def _render(chat: list[dict], tokenizer, ask: bool) -> str:
 
 
 def prompt(record: dict, tokenizer, system: str | None) -> str:
-    """The text that the model is given, up to where its answer begins.
+    """The text that the model is given, up to where its (last) answer begins.
 
-    system: the system message, or None. Raises ValueError for a chat template that
-    refuses it, or leaves out it or the question.
+    system: the system message, or None. Raises ValueError for a tokenizer without a
+    chat template, or one that refuses the system message, or leaves out a message.
     """
-    if not tokenizer.chat_template:
-        return alpaca_layout(record, system)
+    check_template(tokenizer)
     return _render(messages(record, system), tokenizer, ask=True)
 
 
-def whole_ids(record: dict, tokenizer, system: str | None) -> list[int]:
-    """The token ids of a record's prompt and output together, as TRL trains on them."""
-    output, end = record["output"], tokenizer.eos_token
+def check_template(tokenizer) -> None:
+    """Raise ValueError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
-        output = output.removesuffix(end) + end
-        return tokenizer(prompt(record, tokenizer, system) + output)["input_ids"]
-    answered = {"role": "assistant", "content": output}
-    whole = _render([*messages(record, system), answered], tokenizer, ask=False)
-    return tokenizer(whole, add_special_tokens=False)["input_ids"]
+        raise ValueError(
+            "the tokenizer has no chat template: load it by models.load_base, which "
+            "gives it one, or call models.give_template(tokenizer)"
+        )
+
+
+def whole_ids(record: dict, tokenizer, system: str | None) -> list[int]:
+    """The token ids of a record's prompt and answer together, as they are trained."""
+    return tokens(record, tokenizer, system)["input_ids"]
+
+
+def tokens(record: dict, tokenizer, system: str | None) -> dict:
+    """A record's `input_ids`, and `completion_mask`: 1 where a token carries loss.
+
+    Every answer of the assistant carries loss, with the end token behind it, and
+    nothing else does. Raises ValueError if an answer's context has other tokens in the
+    whole chat than when it is asked.
+    """
+    check_template(tokenizer)
+    chat = messages(record, system)
+    chat.append({"role": "assistant", "content": answer(record)})
+    ids = _ids(chat, tokenizer)
+    mask = [0] * len(ids)
+    for place in (n for n, turn in enumerate(chat) if turn["role"] == "assistant"):
+        context = context_ids(chat[:place], tokenizer)
+        if ids[: len(context)] != context:
+            raise ValueError(
+                "the prompt's tokens change when the output follows: remove white "
+                "space at the output's start, or use a chat template that keeps prompt "
+                "and output apart"
+            )
+        answered = _ids(chat[: place + 1], tokenizer) if chat[place + 1 :] else ids
+        if ids[: len(answered)] != answered:
+            raise ValueError(
+                f"an answer's tokens change when more turns follow: turn {place}; use "
+                "a chat template that writes each turn as if it were the last"
+            )
+        mask[len(context) : len(answered)] = [1] * (len(answered) - len(context))
+    return {"input_ids": ids, "completion_mask": mask}
+
+
+def _ids(chat: list[dict], tokenizer) -> list[int]:
+    text = _render(chat, tokenizer, ask=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def to_prompt_completion(
-    records, tokenizer, *, system: str | None, max_length: int | None = MAX_LENGTH
+    records, tokenizer, *, system: str | None, max_length=MAX_LENGTH, skip_bad=False
 ) -> Dataset:
-    """A Dataset with the columns `prompt` and `completion`, as TRL takes them.
+    """A Dataset of prompts and completions, with their tokens as TRL trains on them.
 
-    records: a list of dicts or a Dataset with Alpaca's columns. system: the system
-    message of every record that has none in a column `system`, or None. With a chat
-    template both columns hold messages; else they hold text, and TRL adds the end
-    token. Records over `max_length` tokens are left out with a warning, because a row
-    that is cut teaches the model to stop early. Another warning names unused columns.
+    records: a list of dicts or a Dataset, with Alpaca's columns or chats in `messages`.
+    system: the system message of every record that has none of its own, or None. The
+    columns `prompt` and `completion` hold messages (the completion is the last answer);
+    `input_ids` and `completion_mask` are those of `tokens`.
 
-    Raises ValueError, naming the row, for a record that cannot be trained on or whose
-    prompt has other tokens in training than when it is asked, and if no record is left.
+    Records over `max_length` tokens (None: no limit) are left out, because a row that
+    is cut teaches the model to stop early. skip_bad: leave out records that cannot be
+    trained on as well; otherwise the first one raises ValueError with its row. A
+    printed line counts what is left out by reason, another one names unused columns.
     """
-    templated, end = bool(tokenizer.chat_template), tokenizer.eos_token
-    if not templated and not end:
-        raise ValueError(
-            "the tokenizer has neither a chat template nor an end token: set "
-            "tokenizer.eos_token to the token at which answers end"
-        )
+    check_template(tokenizer)
     if max_length is not None:
         env.check_whole("max_length", max_length)
-    rows, too_long, unused = [], [], set()
-    for number, record in enumerate(as_list(records)):
-        check_record(record, number)
+    messages({"instruction": ""}, system)  # raises for a system that is not text
+    rows, left_out, unused, given = [], {}, set(), as_list(records)
+    bar = tqdm(given, desc="reading records", unit="row", delay=5)
+    for number, record in enumerate(bar):
+        try:
+            with in_row(number):
+                check_record(record)
+                row = _row(record, tokenizer, system)
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            reason = str(error).split(": ")[1]  # behind the row
+            left_out.setdefault(reason, []).append(number)
+            continue
         unused |= {str(name) for name in set(record) - KNOWN}
-        output = record["output"]
-        # Without a template, one end token at the end does not count: TRL wants one.
-        inner = output if templated else output.removesuffix(end)
-        if end and end in inner:
-            raise ValueError(
-                f"row {number}: output holds the end token {end!r}, so the model would "
-                "learn to stop there: remove it; it is added at the end by itself"
-            )
-        asked = prompt(record, tokenizer, system)
-        ids = whole_ids(record, tokenizer, system)
-        context = context_ids(asked, tokenizer)
-        if ids[: len(context)] != context:
-            raise ValueError(
-                f"row {number}: the prompt's tokens change when the output follows: "
-                "remove white space at the output's start, or use a chat template that "
-                "keeps prompt and output apart"
-            )
-        if max_length is not None and len(ids) > max_length:
-            too_long.append(number)
-        elif templated:
-            answer = [{"role": "assistant", "content": output}]
-            rows.append({"prompt": messages(record, system), "completion": answer})
+        if max_length is not None and len(row["input_ids"]) > max_length:
+            reason = f"longer than max_length={max_length} tokens"
+            left_out.setdefault(reason, []).append(number)
         else:
-            rows.append({"prompt": asked, "completion": output})
+            rows.append(row)
     if unused:
-        warnings.warn(
+        print(
             f"these columns are not used: {', '.join(sorted(unused))} (only "
-            "instruction, input, output and system are)",
-            stacklevel=2,
+            "instruction, input, output, system and messages are)"
         )
-    if too_long:
-        named = ", ".join(map(str, too_long[:5])) + (" …" if too_long[5:] else "")
-        warnings.warn(
-            f"{len(too_long)} of {len(too_long) + len(rows)} records are longer than "
-            f"max_length={max_length} tokens and are left out (rows {named}): "
-            "raise max_length to keep them",
-            stacklevel=2,
+    if left_out:
+        reasons = "; ".join(
+            f"{reason}: {len(found)} (rows {', '.join(map(str, found[:SHOWN]))}"
+            f"{' …' if found[SHOWN:] else ''})"
+            for reason, found in left_out.items()
         )
-    if not rows:
-        raise ValueError(
-            f"no record is left: all {len(too_long)} are over max_length={max_length}"
-        )
+        said = f"{len(given) - len(rows)} of {len(given)} records are left out: "
+        said += reasons
+        if not rows:
+            raise ValueError(f"no record is left: {said}")
+        print(said)
     return Dataset.from_list(rows)
+
+
+def _row(record: dict, tokenizer, system: str | None) -> dict:
+    """A record as a row of `to_prompt_completion`; ValueError if it cannot be one."""
+    asked, output = messages(record, system), answer(record)
+    end = tokenizer.eos_token
+    said = [turn["content"] for turn in asked if turn["role"] == "assistant"]
+    if end and any(end in text for text in (*said, output)):
+        raise ValueError(
+            f"output holds the end token {end!r}, so the model would learn to stop "
+            "there: remove it; it is added at the end by itself"
+        )
+    completion = [{"role": "assistant", "content": output}]
+    row = {"prompt": asked, "completion": completion}
+    return row | tokens(record, tokenizer, system)

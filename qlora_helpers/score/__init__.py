@@ -9,9 +9,11 @@ from qlora_helpers.score.intervals import (
 from qlora_helpers.score.judged import (
     Accuracy,
     Answer,
+    accuracy,
     answer_logits,
     ask,
     divergence,
+    exact_match,
     execution_accuracy,
     perplexity,
 )

@@ -1,15 +1,21 @@
 """Ask and judge a model: accuracy, perplexity, and its distance to another."""
 
 import math
+import reprlib
 from typing import NamedTuple
 
+import numpy
 import pandas
 import torch
 from tqdm.auto import tqdm
 
 from qlora_helpers import records as task
 from qlora_helpers.env import check_whole
-from qlora_helpers.score.generate import answering, generate_answers
+from qlora_helpers.score.generate import (
+    MAX_NEW_TOKENS,
+    answering,
+    generate_answers,
+)
 from qlora_helpers.score.intervals import bootstrap_interval
 from qlora_helpers.sql import check_databases, extract_sql, judge, run_sql
 
@@ -37,7 +43,7 @@ class Answer(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """Execution accuracy of a model: shares between 0 and 1, one dict a question."""
+    """Accuracy of a model: shares between 0 and 1, and one dict for each question."""
 
     accuracy: float
     low: float
@@ -92,32 +98,84 @@ def checked(records) -> list[dict]:
     """The records as a list, after `records.check_record` of each."""
     records = task.as_list(records)
     for row, record in enumerate(records):
-        task.check_record(record, row)
+        with task.in_row(row):
+            task.check_record(record)
     return records
 
 
-def execution_accuracy(model, tokenizer, records, databases, *, system, batch_size=64):
-    """Ask the model every record's question, run its SQL, compare with the gold.
+def exact_match(text: str, record: dict) -> bool:
+    """Whether a text is the record's answer, apart from white space around it."""
+    return text.strip() == task.answer(record).strip()
 
-    `system` is the system message of every prompt, None for none. Returns an Accuracy
-    with its bootstrap interval over the questions. Raises, before it asks anything,
-    ValueError for a record that cannot be asked or judged, and TypeError for databases
-    that are not open.
+
+def accuracy(
+    model, tokenizer, records, judge=exact_match, *, system,
+    batch_size=64, max_new_tokens=MAX_NEW_TOKENS,
+) -> Accuracy:  # fmt: skip
+    """Ask the model for every record's (last) answer, and let a function judge it.
+
+    judge: takes the model's text and the record, and returns True if the text is right.
+    system: the system message of records that have none of their own, None for none.
+    Returns an Accuracy with its bootstrap interval over the records.
+
+    Raises, before it asks anything, ValueError for a record that cannot be asked, or
+    whose own answer the judge does not call right. Raises ValueError with the row where
+    the judge raises an error or returns no bool.
+    """
+
+    def look(text, record):
+        try:
+            right = judge(text, record)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"the judge raised {said} for {reprlib.repr(text)}: let it return "
+                "False for a text that it cannot read"
+            ) from error
+        if not isinstance(right, bool | numpy.bool_):
+            raise ValueError(
+                f"the judge returned {reprlib.repr(right)} ({type(right).__name__}) "
+                f"for {reprlib.repr(text)}: let it return True or False"
+            )
+        return {"predicted": text, "right": bool(right), "reason": ""}
+
+    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    return _accuracy(model, tokenizer, records, look, system, how)
+
+
+def execution_accuracy(model, tokenizer, records, databases, *, system, batch_size=64):
+    """The `accuracy` of a model's SQL: it is run, and its rows compared with the gold.
+
+    Raises, before it asks anything, ValueError for a record that cannot be asked or
+    judged, and TypeError for databases that are not open.
     """
     check_databases(databases)
-    records = checked(records)
-    for record in records:
-        judge(record["output"], record, databases)  # raises where it cannot judge
-    prompts = [task.prompt(record, tokenizer, system) for record in records]
-    answers = generate_answers(model, tokenizer, prompts, batch_size)
-    rows = []
-    for record, (text, _) in zip(records, answers, strict=True):
+
+    def look(text, record):
         sql = extract_sql(text)
-        verdict = judge(sql, record, databases)
-        rows.append(
-            {"question": record["instruction"], "gold": record["output"],
-             "predicted": sql, "right": verdict.right, "reason": verdict.reason}
-        )  # fmt: skip
+        verdict = judge(sql, record | {"output": task.answer(record)}, databases)
+        return {"predicted": sql, "right": verdict.right, "reason": verdict.reason}
+
+    how = {"batch_size": batch_size}
+    return _accuracy(model, tokenizer, records, look, system, how)
+
+
+def _accuracy(model, tokenizer, records, look, system, how) -> Accuracy:
+    """look: from a text and its record to the keys predicted, right and reason."""
+    records, rows = checked(records), []
+    for row, record in enumerate(records):
+        with task.in_row(row):
+            if not look(task.answer(record), record)["right"]:
+                raise ValueError(
+                    "the judge calls the record's own answer wrong: correct one of them"
+                )
+    prompts = [task.prompt(record, tokenizer, system) for record in records]
+    answers = generate_answers(model, tokenizer, prompts, **how)
+    for row, (record, (text, _)) in enumerate(zip(records, answers, strict=True)):
+        asked = task.messages(record, system)[-1]["content"]
+        with task.in_row(row):
+            verdict = look(text, record)
+        rows.append({"question": asked, "gold": task.answer(record)} | verdict)
     mean, low, high = bootstrap_interval([row["right"] for row in rows])
     stopped = sum(stop for _, stop in answers) / len(answers)
     return Accuracy(mean, low, high, len(rows), stopped, rows)

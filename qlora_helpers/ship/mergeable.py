@@ -129,6 +129,7 @@ def _plain_lora(adapter) -> LoraConfig:
             )
     config = PeftConfig.from_pretrained(adapter)
     config.init_lora_weights = False
+    config.base_model_name_or_path = None  # else PEFT warns that its name differs
     return config
 
 

@@ -69,7 +69,7 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         f"the optimizer is {profile.optim}": optimizer == profile.optim,
         f"mixed precision is {wanted}": precision == wanted,
         f"attention is sdpa{repeated}": (attention, repeats) == ("sdpa", profile.fp16),
-        "the prompt carries no loss": masked,
+        "only answers carry loss": masked,
     }
     wrong = [what for what, holds in effective.items() if not holds]
     if wrong:
@@ -98,11 +98,12 @@ def optimizer_name(optimizer) -> str:
 
 
 def check_rows(trainer: SFTTrainer) -> bool:
-    """Return whether no row's prompt carries loss; print how many rows TRL kept.
+    """Return whether no row's beginning carries loss; print how many rows TRL kept.
 
     Raises RuntimeError for rows that are cut, left out, do not fit the model, teach no
-    end token, or whose prompt has other tokens than a later question. Rows that were
-    given as tokens have no prompt and no end to check.
+    end token, carry loss outside of answers or none on an answer, or whose prompt has
+    other tokens than a later question. Rows that were given as tokens only have no
+    prompt and no end to check.
     """
     given, rows = getattr(trainer, "given", None), trainer.train_dataset
     model, tokenizer = trainer.model, trainer.processing_class
@@ -111,9 +112,8 @@ def check_rows(trainer: SFTTrainer) -> bool:
             "the rows cannot be checked: expected a trainer of build_trainer, and "
             "packing=False"
         )
-    written = "prompt" in given.column_names  # else they are tokens
-    asked = given["prompt"] if written else []
-    prompts = {tuple(records.context_ids(prompt, tokenizer)) for prompt in asked}
+    asked = [prompt for row in given for prompt in asked_in(row)]
+    contexts = {tuple(records.context_ids(prompt, tokenizer)) for prompt in asked}
     ends = end_tokens(model, tokenizer)
     limit, known = trainer.args.max_length, model.get_input_embeddings().weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", math.inf)
@@ -121,44 +121,80 @@ def check_rows(trainer: SFTTrainer) -> bool:
     for row in tqdm(rows, desc="checking rows", unit="row", delay=5):
         ids = row["input_ids"]
         labels = trainer.data_collator([dict(row)])["labels"][0].tolist()
-        learned = [label for label in labels if label != -100]
-        answer = labels.index(learned[0]) if learned else 0  # where it starts
-        count["with loss on the prompt"] += not answer
+        answers = spans(labels)
+        count["answers"] += len(answers)
+        count["with loss on the prompt"] += not answers or not answers[0][0]
         count["too long"] += len(ids) > positions
         count["unknown token"] += max(ids) >= known
-        if not written:
+        if not asked or not answers or not answers[0][0]:
             continue
-        count["other prompt"] += answer > 0 and tuple(ids[:answer]) not in prompts
-        if set(ends) & set(learned[-3:]):  # a line break can follow
-            count["ended"] += 1
-        else:
-            count["endless"] += 1
-            count["cut"] += len(ids) == limit
+        count["other prompt"] += tuple(ids[: answers[0][0]]) not in contexts
+        count["stray"] += any(tuple(ids[:n]) not in contexts for n, _ in answers[1:])
+        taught = [ends_at(labels[start:stop], ends) for start, stop in answers]
+        count["stray"] += None not in taught and max(taught) > AFTER_END
+        count["ended"] += None not in taught
+        count["endless"] += None in taught
+        count["cut"] += None in taught and len(ids) == limit
     kept, left_out = len(rows), len(given) - len(rows)
-    if written:
+    if "input_ids" in given.column_names:
+        over = sum(len(ids) > (limit or math.inf) for ids in given["input_ids"])
+        count["cut"] = over - left_out
+    if asked:
         print(
             f"rows: {kept:,} of {len(given):,} kept, {count['cut']:,} cut at {limit} "
             f"tokens, {left_out:,} left out; {count['ended']:,} teach the end token"
         )
-    else:
-        left_out = sum(len(ids) > (limit or math.inf) for ids in given["input_ids"])
     count["cut"] += left_out
     faults = {
         "cut": f"are longer than max_length={limit}, and cut rows teach the model to "
         "stop early: give to_prompt_completion and sft_config the same max_length",
-        "endless": f"do not teach an end token ({ends}): set tokenizer.eos_token to "
-        "the token at which an answer ends",
         "too long": f"are longer than the {positions} tokens that the model was made "
         "for: leave them out with a smaller max_length",
         "unknown token": f"hold a token from {known:,} on, for which the model has no "
         "row: train without added tokens, or resize the model's embeddings",
         "other prompt": "are trained with prompt tokens that no prompt has when it is "
         "asked: use a chat template that writes the same prompt without the answer",
+        "stray": "carry loss on text that the assistant does not say: give the rows of "
+        "to_prompt_completion as they are",
+        "endless": f"do not teach an end token ({ends}): set tokenizer.eos_token to "
+        "the token at which an answer ends",
     }
     for name, fault in faults.items():
         if count[name]:
             raise RuntimeError(f"{count[name]:,} of {len(given):,} rows {fault}")
-    return not count["with loss on the prompt"]
+    masked, silent = not count["with loss on the prompt"], len(asked) - count["answers"]
+    if masked and silent > 0:
+        raise RuntimeError(
+            f"{silent:,} of {len(asked):,} answers carry no loss: give the rows of "
+            "to_prompt_completion as they are"
+        )
+    return masked
+
+
+def asked_in(row: dict) -> list:
+    """What a row of a dataset asks before each answer that it learns; [] for tokens."""
+    if "prompt" not in row:
+        return []
+    if "completion_mask" not in row:  # TRL tokenizes it, and masks the whole prompt
+        return [row["prompt"]]
+    chat = row["prompt"] + row["completion"]
+    return [chat[:n] for n, turn in enumerate(chat) if turn["role"] == "assistant"]
+
+
+def spans(labels: list[int]) -> list[tuple[int, int]]:
+    """The stretches (start, stop) of labels that carry loss."""
+    edges = [0, *(label != -100 for label in labels), 0]
+    steps = [n for n in range(len(edges) - 1) if edges[n] != edges[n + 1]]
+    return list(zip(steps[::2], steps[1::2], strict=True))
+
+
+AFTER_END = 2  # tokens that a template may write behind an end token: a line break
+
+
+def ends_at(learned: list[int], ends: list[int]) -> int | None:
+    """How many tokens follow the first end token of an answer; None if there is none"""
+    found = [n for n, token in enumerate(learned) if token in ends]
+    return len(learned) - 1 - found[0] if found else None
 
 
 class AtStart(TrainerCallback):

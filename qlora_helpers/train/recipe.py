@@ -52,9 +52,9 @@ def sft_config(
         max_steps=steps,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch,
-        warmup_steps=min(5, steps // 2),
         per_device_eval_batch_size=batch,
-        eval_steps=max(1, steps // 5),  # how often the validation loss is computed
+        warmup_steps=min(5, steps // 2),
+        eval_steps=max(1, steps // 4),  # how often the validation loss is computed
         max_length=max_length,  # tokens; TRL would cut off longer rows silently
         completion_only_loss=True,  # the prompt is given, not learned
         optim=profile.optim,
@@ -85,13 +85,13 @@ def build_trainer(
 ) -> SFTTrainer:
     """An SFTTrainer whose adapters are fp32. Raises what `check_given` raises.
 
-    With a second dataset, `validation`, the trainer computes the loss on it before the
-    first step and after every `settings.eval_steps` steps.
+    With a second dataset, `validation`, the trainer computes the loss on it after every
+    `settings.eval_steps` steps.
     """
     check_given(dataset, settings)
     if validation is not None:
         check_given(validation, settings)
-        settings.eval_strategy, settings.eval_on_start = "steps", True
+        settings.eval_strategy = "steps"
     trainer = SFTTrainer(
         model=model,
         args=settings,

@@ -17,6 +17,8 @@ from qlora_helpers.lesson.exercises.weights import (
     check_bits_per_weight,
     check_dropout,
     check_gain,
+    check_gguf_bytes,
+    check_interleaved,
     check_layer_bytes,
     check_merged,
     check_nf3,

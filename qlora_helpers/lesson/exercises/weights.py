@@ -1,11 +1,13 @@
-"""The oracles of 01 to 03 and 07: weights, layers and merging."""
+"""The oracles of 01 to 03, 07 and 08: weights, layers, merging and files."""
 
+import gguf
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 
 from qlora_helpers import memory, nf4
 from qlora_helpers.lesson.exercises.oracle import SEED, near, try_out
+from qlora_helpers.ship import gguf_file
 
 
 def check_nf3(nf3_code) -> bool:
@@ -106,6 +108,30 @@ def _same_bits(yours, expected) -> bool:
     if yours.dtype != expected.dtype or yours.shape != expected.shape:
         return False
     return (yours != expected).float().mean().item() <= 0.01
+
+
+def check_gguf_bytes(gguf_bytes) -> bool:
+    """Exercise 08.1: a matrix's bytes in a GGUF file, as the gguf package has them."""
+    cases = []
+    for rows, width, kind, taken in [
+        (576, 576, "Q4_K", "Q5_0"),
+        (576, 1536, "Q4_K", "Q4_K"),
+        (3, 64, "Q8_0", "Q8_0"),
+        (5, 96, "Q4_0", "Q4_0"),
+        (7, 50, "F16", "F16"),
+    ]:
+        weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[taken]]
+        cases.append(((rows, width, kind), rows * width // weights * size))
+    return try_out("exercise 08.1", gguf_bytes, cases)
+
+
+def check_interleaved(interleaved) -> bool:
+    """Exercise 08.2: rows of a query projection in llama.cpp's order."""
+    cases = []
+    for heads, size in ((1, 8), (3, 8), (2, 12)):  # at 4 both directions are alike
+        [weight] = _random((heads * size, 5))
+        cases.append(((weight, heads), gguf_file.interleave(weight, heads)))
+    return try_out("exercise 08.2", interleaved, cases, near)
 
 
 def _random(*shapes, seed=0) -> list[torch.Tensor]:

@@ -1,0 +1,106 @@
+"""Fine-tune a Llama with QLoRA on your own records: notebook 06 without its lessons.
+
+    python examples/train.py --data my_chats.jsonl --system "Be brief." --steps 200
+    python examples/train.py --model meta-llama/Llama-3.1-8B --data tatsu-lab/alpaca
+
+The records have Alpaca's columns, or chats in `messages`. Those that cannot be trained
+on are left out and counted. Some are held back for the validation loss.
+"""
+
+import argparse
+import gc
+import pathlib
+import sys
+
+import torch
+from datasets import load_dataset
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from qlora_helpers import adapters, env, models, records, score, train
+
+NIGHT_TRAINS = "night_trains"
+HELD_BACK = 64  # records for the validation loss, at most a tenth of all
+ANSWER = 128  # tokens of the answer that is shown
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="a folder or Hub id; by default what fits this machine")
+    add("--data", default=NIGHT_TRAINS, help="a .jsonl or .csv file, or a Hub data set")
+    add("--system", help="the system message of records that have none of their own")
+    add("--steps", type=int, default=100, help="optimizer steps (default 100)")
+    add("--batch", type=int, default=8, help="records a step (default 8)")
+    add("--learning-rate", type=float, help="default 2e-3 if embedded, else 2e-4")
+    add("--rank", type=int, default=16, help="of the adapters (default 16)")
+    add("--max-length", type=int, default=records.MAX_LENGTH, help="tokens of a record")
+    add("--output", default="my_adapter", help="folder of the adapter (my_adapter)")
+    return parser.parse_args()
+
+
+def read(data: str):
+    """The records of the night trains, of a file, or of a data set of the Hub."""
+    if data == NIGHT_TRAINS:
+        return records.load("train")
+    if data.lower().endswith((".jsonl", ".csv")):
+        return records.read(data)
+    return load_dataset(data, split="train")
+
+
+def main() -> None:
+    args, machine = arguments(), env.profile()
+    env.quiet()
+    name = args.model or machine.base
+    rate = args.learning_rate or (2e-3 if name == models.EMBEDDED else 2e-4)
+    system = args.system or (records.SYSTEM if args.data == NIGHT_TRAINS else None)
+    adapters.check_place(args.output)  # before minutes of training
+    folder = str(env.cache_dir() / "example_run")
+    settings = train.sft_config(
+        machine, folder, args.steps, args.batch, rate, args.max_length
+    )
+    given = read(args.data)
+
+    model, tokenizer = models.load_base(name, train.nf4_config(machine))
+    torch.manual_seed(0)
+    model = get_peft_model(model, train.lora_config(args.rank, 2 * args.rank))
+    dataset = records.to_prompt_completion(
+        given, tokenizer,
+        system=system, max_length=args.max_length, skip_bad=True,
+    )  # fmt: skip
+    if len(dataset) < 2:
+        raise ValueError(f"{args.data} has one record to train on: give two or more")
+    held = max(1, min(HELD_BACK, len(dataset) // 10))
+    parts = dataset.train_test_split(test_size=held, seed=0)
+
+    trainer = train.build_trainer(
+        model, tokenizer, parts["train"], settings, parts["test"]
+    )
+    train.check_effective(trainer, machine)
+    trainer.train()
+    losses = [row for row in trainer.state.log_history if "eval_loss" in row]
+    for row in (losses[0], losses[-1]):
+        print(f"validation loss after {row['step']} steps: {row['eval_loss']:.3f}")
+
+    identity = models.base_identity(name)
+    saved = adapters.save_adapter(model, tokenizer, args.output, identity)
+    del model, trainer
+    gc.collect()
+    torch.cuda.empty_cache()
+    fresh, _ = models.load_base(name, train.nf4_config(machine))
+    fresh = adapters.load_adapter(fresh, saved, identity)
+    tokenizer = AutoTokenizer.from_pretrained(saved)  # it brings its chat template
+    asked = parts["test"][0]
+    [(text, _)] = score.generate_answers(
+        fresh, tokenizer, [asked["prompt"]], max_new_tokens=ANSWER
+    )
+    print(f"question: {asked['prompt'][-1]['content']}\nanswer: {text}")
+    print(f"expected: {asked['completion'][0]['content']}\nthe adapter is in {saved}")
+
+
+if __name__ == "__main__":
+    main()
