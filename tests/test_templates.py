@@ -238,6 +238,7 @@ def run_cells(notebook, settings, cache):
 
 def test_06_runs_on_a_base_without_a_template(base, tmp_path):
     settings = {"BASE": base, "STEPS": 2, "BATCH": 2, "BASE_QUESTIONS": 3}
+    settings["OWN_STEPS"] = 2
     said = run_cells("notebooks/06_train_llama.ipynb", settings, tmp_path)
     whole = "\n".join(said)
     [first] = [text for text in said if text.startswith("8 records")]

@@ -29,7 +29,7 @@ SMALL = {  # settings with which a notebook takes seconds; the claims may not ho
     "04": 'SHAPE, ROWS, LAYERS, CARDS = "tiny", 2, 1, [15]\n'
     "LENGTH, PROSE_LENGTH, PROSE_ROWS = 256, 16, 2",
     "05": "RANKS = [4, 16]",
-    "06": "STEPS, BATCH, BASE_QUESTIONS = 2, 2, 3",
+    "06": "STEPS, BATCH, BASE_QUESTIONS, OWN_STEPS = 2, 2, 3, 2",
     "07": 'ADAPTER, OTHER = [env.cache_dir() / NAME for NAME in ("one", "two")]\n'
     "FEW = 6",
     "08": 'ADAPTER = env.cache_dir() / "one"\nQUESTIONS, FEW, TOKENS = 6, 6, 8',
