@@ -337,6 +337,27 @@ def test_every_recorded_merge_has_its_trained_model():
     assert not trained.query("into == 'none'")[["lost", "gained"]].any(axis=None)
 
 
+def test_the_recordings_hold_what_07_says_in_words():
+    rows = recordings.read("merge")["rows"]
+    runs = merges.against_trained(row for row in rows if "seed" in row)
+    runs = runs.set_index(["trained_on", "into", "kind"]).sort_index()
+    for own, other, wrong in (
+        ("bf16", "nf4", "dequantized"),
+        ("nf4", "bf16", "original"),
+    ):
+        merged, beside = runs.loc[own, wrong, "bf16"], runs.loc[own, "none", other]
+        assert merged["lost"] > 3 * merged["gained"] and merged["p"] < 0.001
+        assert all(
+            abs(merged[which] - beside[which]) <= 1 for which in ("lost", "gained")
+        )
+    rows = [row for row in recordings.read("serving")["rows"] if "variant" in row]
+    speeds = {}
+    for row in rows:
+        run = speeds.setdefault((row["shape"], row["batch"]), {})
+        run[row["variant"]] = row["tokens_per_second"]
+    assert {min(run, key=run.get) for run in speeds.values()} == {"4-bit and adapter"}
+
+
 def test_lost_answers_go_to_the_left_and_gained_ones_to_the_right(drawn, monkeypatch):
     kept = []
     monkeypatch.setattr(plots, "show", lambda fig, alt: kept.append((fig, alt)))
