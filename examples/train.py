@@ -77,6 +77,7 @@ def main() -> None:
     held = max(1, min(HELD_BACK, len(dataset) // 10))
     parts = dataset.train_test_split(test_size=held, seed=0)
 
+    settings.eval_on_start = True
     trainer = train.build_trainer(
         model, tokenizer, parts["train"], settings, parts["test"]
     )
