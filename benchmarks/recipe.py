@@ -22,7 +22,7 @@ import common
 from common import BATCH, STEPS
 from common import LEARNING_RATE as RATE
 
-from qlora_helpers import env, models, records, score, sql, train
+from qlora_helpers import env, models, records, score, train
 
 TESTS = ("phrasing", "values", "composition")
 SEEDS = (0, 1, 2)
@@ -85,24 +85,18 @@ def measured(row: dict) -> dict:
         found["train_loss"] = round(statistics.mean(losses[-10:]), 5)
         found["validation_steps"] = [entry["step"] for entry in checks]
         found["validation_loss"] = [round(entry["eval_loss"], 5) for entry in checks]
-    verdicts, runs, stopped = [], 0, 0
-    for test in TESTS:
-        questions = records.load(test)
-        answers = score.generate_answers(
-            model, tokenizer, prompts(questions, tokenizer, *PROMPTS[prompt])
-        )
-        for question, (text, stop) in zip(questions, answers, strict=True):
-            verdict = sql.judge(sql.extract_sql(text), question, databases)
-            verdicts.append(int(verdict.right))
-            runs += "error" not in verdict.reason
-            stopped += stop
+    system, count = PROMPTS[prompt]
+    questions = [question for test in TESTS for question in records.load(test)]
+    asked = [records.few_shot(question, system, count) for question in questions]
+    judged = score.execution_accuracy(model, tokenizer, asked, databases, system=None)
+    runs = sum("error" not in row["reason"] for row in judged.rows)
     prose = env.path("data/prose.txt").read_text(encoding="utf-8")
     found["prose_perplexity"] = round(
         score.perplexity(model, tokenizer, prose).value, 2
     )
-    found["runs_percent"] = round(100 * runs / len(verdicts), 1)
-    found["stopped_percent"] = round(100 * stopped / len(verdicts), 1)
-    found["verdicts"] = "".join(map(str, verdicts))
+    found["runs_percent"] = round(100 * runs / judged.n, 1)
+    found["stopped_percent"] = round(100 * judged.stopped, 1)
+    found["verdicts"] = "".join(str(int(row["right"])) for row in judged.rows)
     found["seconds"] = round(time.perf_counter() - start)
     return row | found
 
@@ -117,12 +111,6 @@ def trainer_of(row: dict, model, tokenizer):
     return common.recipe_trainer(
         model, tokenizer, settings, row["rank"], validation=validation
     )
-
-
-def prompts(questions, tokenizer, system: str, count: int) -> list[str]:
-    """The text that asks each question, behind `count` solved ones."""
-    chats = [records.few_shot(question, system, count) for question in questions]
-    return [records.prompt(chat, tokenizer, None) for chat in chats]
 
 
 def main(workers: int = 2, first: int = 0) -> None:
