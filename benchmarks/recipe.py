@@ -27,7 +27,7 @@ from qlora_helpers import env, models, records, score, train
 TESTS = ("phrasing", "values", "composition")
 SEEDS = (0, 1, 2)
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-RANKS = (4, 16)
+RANKS = (4, 16, 64)
 EXAMPLES = 6  # solved questions in the prompt of the base model
 PROMPTS = {  # of the base model: the system message, and how many solved questions
     "asked as it is": (records.SYSTEM, 0),
