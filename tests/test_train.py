@@ -460,7 +460,7 @@ def test_the_bar_and_the_curve_run_over_the_steps(trainer, shown):
     assert (bar.n, bar.total) == (4, 4)
     [(steps, title, alt)] = shown
     assert steps == [1, 2, 3, 4] and title == "Loss of each step"
-    assert alt.endswith("over the last ten of 4 steps")
+    assert alt.endswith("over the last 4 of 4 steps")
 
 
 def test_the_validation_loss_is_drawn_beside_the_training_loss(

@@ -84,8 +84,8 @@ def kept_by_change(wanted, kept, title, groups=40) -> None:
         ax.plot(x, x, color=plots.COLOURS[5], linestyle="--", label="all of it")
         ax.plot(x, mean, color=plots.COLOURS[0], linestyle="-", label="mean kept")
         ax.set_title(label)
-        ax.set_xlabel("wanted, in thousandths")
-    axes[0].set_ylabel("kept, in thousandths")
+        ax.set_xlabel("change wanted (thousandths)")
+    axes[0].set_ylabel("change kept (thousandths)")
     limit = max(abs(end) for ax in axes for end in ax.get_ylim())
     for ax in axes:
         ax.set_ylim(-limit, limit)

@@ -71,16 +71,23 @@ class LiveLoss(TrainerCallback):
             ax.plot(*zip(*self.validation, strict=True), "o--", label="validation")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="step", ylabel="loss (nat per token)", yscale="log")
+        ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_minor_formatter(plain)
         since = "of each step" if every_step else "averaged since the point before"
         ax.set_title(f"Loss {since}")
         ax.legend(frameon=False)
         alt = (
             f"Training loss from {losses[0]:.1f} at step {steps[0]} to "
-            f"{statistics.mean(losses[-10:]):.2g} over the last ten of {len(losses)} "
-            f"{'steps' if every_step else 'points'}"
+            f"{statistics.mean(losses[-10:]):.2g} over the last {len(losses[-10:])} of "
+            f"{len(losses)} {'steps' if every_step else 'points'}"
         )
         if self.validation:
             (first, start), (last, end) = self.validation[0], self.validation[-1]
             alt += f"; validation loss from {start:.1f} at step {first} to {end:.2g}"
             alt += f" at step {last}"
         self.picture = plots.redraw(fig, alt, self.picture)
+
+
+def plain(tick, _=None) -> str:
+    """The label of a logarithmic axis: 0.1, 0.2 and 0.5, and nothing in between."""
+    return f"{tick:g}" if f"{tick:e}"[0] in "125" else ""
