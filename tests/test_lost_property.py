@@ -56,11 +56,11 @@ def test_the_test_file_asks_about_other_losses_in_other_words():
         (
             "train.jsonl",
             100,
-            "3 of 103 records are left out: a turn is empty: 1 (rows 17); longer than "
-            "max_length=512 tokens: 1 (rows 41); the turns do not alternate: 1 (rows "
+            "3 of 103 records are left out: a turn is empty: 1 (row 17); longer than "
+            "max_length=512 tokens: 1 (row 41); the turns do not alternate: 1 (row "
             "66)",
         ),
-        ("train.csv", ..., "output is empty: 1 (rows"),
+        ("train.csv", ..., "output is empty: 1 (row "),
     ],
 )
 def test_the_broken_rows_are_counted(name, kept, said, capsys):

@@ -77,7 +77,7 @@ def test_adapters_are_fp32_after_trl_cast_them(trainer):
         ),
         (
             lambda t: [p.requires_grad_() for p in t.model.parameters() if p.ndim == 1],
-            "only adapters train",
+            "only adapters are trained",
         ),
         (
             lambda t: [
@@ -206,7 +206,7 @@ def test_chats_of_several_turns_are_checked_and_learned(
     dataset = rows(tokenizer, some, system=None)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     train.check_effective(trainer, env.profile())
-    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; 4 teach the end" in (
+    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; 4 train the end" in (
         capsys.readouterr().out
     )
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -588,7 +588,7 @@ def test_the_recipe_meets_its_bars_on_three_recorded_seeds():
 def test_headers_say_what_was_measured(path):
     header = nbformat.read(path, as_version=4).cells[0].source
     assert header == course.cost(header, path.stem), "run: course stamp"
-    assert "; its cells ran " in header
+    assert "; the cells took " in header
 
 
 def test_the_map_says_what_was_measured():

@@ -287,7 +287,7 @@ def cost(header, stem) -> str:
     rows = [r for r in recordings.read("notebooks")["rows"] if r["notebook"] == stem]
 
     def where(row):
-        cap = f" held to {row['cap_gib']:.0f} GiB" if row["cap_gib"] else ""
+        cap = f" limited to {row['cap_gib']:.0f} GiB" if row["cap_gib"] else ""
         return f"{row['machine']}{cap} in {row['computes_in']}"
 
     ran = "; ".join(f"{r['seconds'] / 60:.1f} min on {where(r)}" for r in rows)
@@ -298,7 +298,7 @@ def cost(header, stem) -> str:
         for r in rows
     )
     known = (
-        ("Time", "(an estimate)", f"; its cells ran {ran}."),
+        ("Time", "(an estimate)", f"; the cells took {ran}."),
         ("Needs", "of memory", f"; the peak was {took}."),
     )
     for part, end, ran_or_took in known:

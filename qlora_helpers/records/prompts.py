@@ -200,7 +200,8 @@ def to_prompt_completion(
         )
     if left_out:
         reasons = "; ".join(
-            f"{reason}: {len(found)} (rows {', '.join(map(str, found[:SHOWN]))}"
+            f"{reason}: {len(found)} (row{'s' * (len(found) > 1)} "
+            f"{', '.join(map(str, found[:SHOWN]))}"
             f"{' …' if found[SHOWN:] else ''})"
             for reason, found in left_out.items()
         )

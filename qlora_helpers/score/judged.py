@@ -55,7 +55,7 @@ class Accuracy(NamedTuple):
     def __repr__(self):
         return (
             f"{self.accuracy:.1%} right ({self.low:.1%} to {self.high:.1%}), "
-            f"n = {self.n}, {self.stopped:.0%} stopped by themselves"
+            f"n = {self.n}, {self.stopped:.0%} of the answers ended by themselves"
         )
 
 

@@ -64,7 +64,7 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         "the linear layers are NF4": not plain and kinds == {"nf4"},
         "with double quantization": all(m.weight.quant_state.nested for m in layers),
         f"computing in {profile.compute_dtype}": computing == {profile.compute_dtype},
-        "only adapters train": all("lora_" in name for name in trained),
+        "only adapters are trained": all("lora_" in name for name in trained),
         "adapters are fp32": dtypes == {torch.float32},
         f"the optimizer is {profile.optim}": optimizer == profile.optim,
         f"mixed precision is {wanted}": precision == wanted,
@@ -142,7 +142,7 @@ def check_rows(trainer: SFTTrainer) -> bool:
     if asked:
         print(
             f"rows: {kept:,} of {len(given):,} kept, {count['cut']:,} cut at {limit} "
-            f"tokens, {left_out:,} left out; {count['ended']:,} teach the end token"
+            f"tokens, {left_out:,} left out; {count['ended']:,} train the end token"
         )
     count["cut"] += left_out
     faults = {
