@@ -55,7 +55,7 @@ def lost_and_gained(labels, lost, gained, title, asked) -> None:
     ax.margins(x=0.12)
     ax.grid(visible=False, axis="y")
     ax.xaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
-    ax.set_xlabel(f"answers of {asked} that differ from the trained model's")
+    ax.set_xlabel(f"right answers lost or gained, of {asked} questions")
     ax.set_title(title, pad=16)
     ax.set_ylabel("base, format")
     said = [
@@ -81,8 +81,8 @@ def kept_by_change(wanted, kept, title, groups=40) -> None:
         low = [m - s for m, s in zip(mean, sigma, strict=True)]
         high = [m + s for m, s in zip(mean, sigma, strict=True)]
         ax.fill_between(x, low, high, color=plots.COLOURS[0], alpha=0.2, linewidth=0)
-        ax.plot(x, x, color=plots.COLOURS[5], linestyle="--", label="all of it")
         ax.plot(x, mean, color=plots.COLOURS[0], linestyle="-", label="mean kept")
+        ax.plot(x, x, color=plots.COLOURS[5], linestyle="--", label="all of it")
         ax.set_title(label)
         ax.set_xlabel("change wanted (thousandths)")
     axes[0].set_ylabel("change kept (thousandths)")

@@ -89,13 +89,13 @@ def check_adapter_gradients(adapter_gradients) -> bool:
 
 def check_merged(merged) -> bool:
     """Exercise 07.2: a 16-bit weight with an adapter merged, rounded only once."""
-    weight, A, B = _random((48, 64), (16, 64), (48, 16))
-    weight, B = weight.bfloat16(), 0.05 * B
     cases = []
-    for alpha, rslora in ((32, False), (32, True), (8, False)):
-        scaling = alpha / 16**0.5 if rslora else alpha / 16
+    for alpha, r, rslora in ((32, 16, False), (32, 16, True), (8, 4, True)):
+        weight, A, B = _random((48, 64), (r, 64), (48, r))
+        weight, B = weight.bfloat16(), 0.05 * B
+        scaling = alpha / r**0.5 if rslora else alpha / r
         expected = (weight.float() + scaling * (B @ A)).bfloat16()
-        cases.append(((weight, A, B, alpha, 16, rslora), expected))
+        cases.append(((weight, A, B, alpha, r, rslora), expected))
     return try_out("exercise 07.2", merged, cases, _same_bits)
 
 
@@ -116,6 +116,7 @@ def check_gguf_bytes(gguf_bytes) -> bool:
     for rows, width, kind, taken in [
         (576, 576, "Q4_K", "Q5_0"),
         (576, 1536, "Q4_K", "Q4_K"),
+        (8, 768, "Q4_K", "Q4_K"),
         (3, 64, "Q8_0", "Q8_0"),
         (5, 96, "Q4_0", "Q4_0"),
         (7, 50, "F16", "F16"),
