@@ -98,7 +98,10 @@ def _refuse(sql) -> str | None:
     if not tokens:
         return "no statement: the text is empty"
     if tokens[0] not in ("SELECT", "WITH", "VALUES"):
-        return f"only a query may run (SELECT or WITH), not {tokens[0][:20]}"
+        return (
+            "only a query may run (SELECT or WITH), but the text starts with "
+            f"{tokens[0][:20]}"
+        )
     # SQLite copies a WITH part to each place that names it, before it looks at any
     # limit. Eight parts that each name the one before three times make 3**8 copies;
     # no other use of 24 places makes more than 7,000.

@@ -111,7 +111,8 @@ def test_the_dtype_is_the_one_that_was_written(folder):
 
 def test_a_model_without_a_system_message_is_asked_without_one(folder):
     written = card.write_card(folder, BASE, FACTS | {"system": None}, ACCURACY)
-    assert "with the chat template in this folder and no system message." in written.read_text("utf-8")
+    said = "with the chat template in this folder and no system message."
+    assert said in written.read_text("utf-8")
 
 
 def test_what_is_missing_is_named_before_anything_is_written(folder, tmp_path):

@@ -258,7 +258,7 @@ SHOWN = (
 without the adapter:
 All of them,
 I guess.
--> only a query may run (SELECT or WITH), not ALL
+-> only a query may run (SELECT or WITH), but the text starts with ALL
 
 with the adapter:
 SELECT rider FROM ticket WHERE trip=1

@@ -250,7 +250,7 @@ def one_earlier(ids, mask):
         (one_earlier, "4 of 4 rows are trained with prompt tokens"),
         (the_last_only, "4 of 8 answers carry no loss"),
         (lambda ids, mask: [0, 0, 1] + mask[3:], "4 of 4 rows .* prompt tokens"),
-        (lambda ids, mask: [1] * len(ids), "asked for it: only answers carry loss"),
+        (lambda ids, mask: [1] * len(ids), "asked for it: the loss mask is as set"),
         (without_ends, "4 of 4 rows do not teach an end token"),
     ],
 )
@@ -281,7 +281,7 @@ def test_every_row_s_prompt_must_be_masked(model, tokenizer, tmp_path):
     settings = train.sft_config(env.profile(), str(tmp_path / "run"), 1, 4, 1e-2)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     with pytest.raises(
-        RuntimeError, match=r"asked for it: [^(]*only answers carry loss"
+        RuntimeError, match=r"asked for it: [^(]*the loss mask is as set"
     ):
         train.check_effective(trainer, env.profile())
 
@@ -459,8 +459,8 @@ def test_the_bar_and_the_curve_run_over_the_steps(trainer, shown):
     bar = live_of(trainer).bar
     assert (bar.n, bar.total) == (4, 4)
     [(steps, title, alt)] = shown
-    assert steps == [1, 2, 3, 4] and title == "Loss of each step"
-    assert alt.endswith("over the last 4 of 4 steps")
+    assert steps == [1, 2, 3, 4] and title.startswith("The training loss goes from ")
+    assert alt.endswith("over the last 1 of 4 steps")
 
 
 def test_the_validation_loss_is_drawn_beside_the_training_loss(
@@ -513,7 +513,7 @@ def test_whatever_is_logged_the_bar_is_right(
         assert shown == []
     else:
         assert shown[-1][0] == points
-        assert shown[-1][1] == "Loss averaged since the point before"
+        assert shown[-1][1].endswith(", averaged since the point before")
 
 
 def test_resumed_the_bar_and_the_curve_go_on(tokenizer, tmp_path, shown):
@@ -612,11 +612,21 @@ def one_sided(lost, gained):
     [
         (exercises.check_long_haul, lambda city: "SELECT train FROM train"),
         (exercises.check_long_haul, lambda city: "SELECT nothing"),
+        (
+            exercises.check_long_haul,
+            lambda city: f"SELECT train FROM train WHERE home='{city}' AND km>=1000",
+        ),
         (exercises.check_prompt, lambda system, question: system + question),
         (exercises.check_lora_parameters, lambda r, h, i, k, n: r * h * n),
         (exercises.check_loss_mask, lambda prompt, ids: ids),
         (exercises.check_learning_rate, lambda step, steps, warmup, peak: peak),
         (exercises.check_learning_rate, lambda *given: 1 / 0),
+        (
+            exercises.check_learning_rate,
+            lambda step, steps, warmup, peak: (
+                peak * (step / 5 if step < 5 else (steps - step) / (steps - 5))
+            ),
+        ),
         (exercises.check_nf3, lambda top: torch.linspace(-1, 1, 8)),
         (exercises.check_nf3, lambda top: nf4.nf4_code(top)),
         (exercises.check_gain, lambda weight, block: 15.0),
@@ -638,6 +648,12 @@ def one_sided(lost, gained):
         (
             exercises.check_merged,
             lambda W, A, B, alpha, r, rs: (W.float() + alpha / r * B @ A).bfloat16(),
+        ),
+        (
+            exercises.check_merged,
+            lambda W, A, B, alpha, r, rs: (
+                W.float() + alpha / r * (4 if rs else 1) * B @ A
+            ).bfloat16(),
         ),
         (
             exercises.check_adapter_gradients,
@@ -714,7 +730,7 @@ def test_shuffled_rows_are_no_fault(model, tokenizer, tmp_path):
 
 def test_a_prompt_that_carries_loss_is_called_so(model, tokenizer, tmp_path):
     trainer = trainer_with(model, tokenizer, tmp_path, completion_only_loss=False)
-    with pytest.raises(RuntimeError, match=r"asked for it: [^(]*only answers carry"):
+    with pytest.raises(RuntimeError, match=r"asked for it: [^(]*the loss mask is"):
         train.check_effective(trainer, env.profile())
 
 

@@ -69,7 +69,7 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         f"the optimizer is {profile.optim}": optimizer == profile.optim,
         f"mixed precision is {wanted}": precision == wanted,
         f"attention is sdpa{repeated}": (attention, repeats) == ("sdpa", profile.fp16),
-        "only answers carry loss": masked,
+        "the loss mask is as set": masked,
     }
     wrong = [what for what, holds in effective.items() if not holds]
     if wrong:

@@ -73,18 +73,20 @@ class LiveLoss(TrainerCallback):
         ax.set(xlabel="step", ylabel="loss (nat per token)", yscale="log")
         ax.yaxis.set_major_formatter(plain)
         ax.yaxis.set_minor_formatter(plain)
-        since = "of each step" if every_step else "averaged since the point before"
-        ax.set_title(f"Loss {since}")
+        last = losses[-max(1, min(10, len(losses) // 4)) :]
+        end = statistics.mean(last)
+        since = "" if every_step else ", averaged since the point before"
+        ax.set_title(f"The training loss goes from {losses[0]:.2g} to {end:.2g}{since}")
         ax.legend(frameon=False)
         alt = (
             f"Training loss from {losses[0]:.1f} at step {steps[0]} to "
-            f"{statistics.mean(losses[-10:]):.2g} over the last {len(losses[-10:])} of "
-            f"{len(losses)} {'steps' if every_step else 'points'}"
+            f"{end:.2g} over the last {len(last)} of {len(losses)} "
+            f"{'steps' if every_step else 'points'}"
         )
         if self.validation:
-            (first, start), (last, end) = self.validation[0], self.validation[-1]
-            alt += f"; validation loss from {start:.1f} at step {first} to {end:.2g}"
-            alt += f" at step {last}"
+            (first, high), (final, low) = self.validation[0], self.validation[-1]
+            alt += f"; validation loss from {high:.1f} at step {first} to {low:.2g}"
+            alt += f" at step {final}"
         self.picture = plots.redraw(fig, alt, self.picture)
 
 

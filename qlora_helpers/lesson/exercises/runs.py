@@ -13,11 +13,13 @@ from qlora_helpers.lesson.exercises.oracle import try_out
 from qlora_helpers.models.embedded import embedded_dir
 
 SHAPES = ("1B", "8B", "13B", "70B")
+EDGE = "INSERT INTO train VALUES ('Edge','Vienna',1000),('Over','Vienna',1001);"
 
 
 def check_long_haul(write_sql) -> bool:
     """Exercise 00.1: SQL for the long-haul trains of a city, run on all databases."""
-    databases = records.open_databases()
+    scripts = records.database_scripts()
+    databases = [sql.open_database(text + EDGE) for text in scripts]
 
     def found(query):
         results = [sql.run_sql(query, database) for database in databases]
@@ -37,9 +39,12 @@ def check_prompt(write_prompt) -> bool:
     """Exercise 00.2: the chat template by hand, equal to the tokenizer's."""
     tokenizer = AutoTokenizer.from_pretrained(embedded_dir())
     cases = []
-    for question in ("How many trips of the Owl were late?", "Trains from Oslo?"):
-        expected = records.prompt({"instruction": question}, tokenizer, records.SYSTEM)
-        cases.append(((records.SYSTEM, question), expected))
+    for system, question in (
+        (records.SYSTEM, "How many trips of the Owl were late?"),
+        ("Answer in one word.", "Where does the Owl start?"),
+    ):
+        expected = records.prompt({"instruction": question}, tokenizer, system)
+        cases.append(((system, question), expected))
     return try_out("exercise 00.2", write_prompt, cases)
 
 
@@ -112,7 +117,7 @@ def check_loss_mask(mask) -> bool:
 def check_learning_rate(schedule) -> bool:
     """Exercise 06.3: the linear schedule with warm-up, as transformers computes it."""
     cases = []
-    for steps, warmup, peak in [(100, 5, 2e-3), (20, 5, 1e-4)]:
+    for steps, warmup, peak in [(100, 5, 2e-3), (20, 4, 1e-4)]:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
         scheduler = get_linear_schedule_with_warmup(optimizer, warmup, steps)
         for step in (0, 1, warmup, steps // 2, steps - 1):
