@@ -18,7 +18,6 @@ from tools import recorder
 
 RANK = {"late": 16, "delay": 4}  # by what the column is called
 FOLDER = {"late": "adapter", "delay": "adapter_delay"}
-TESTS = ("values", "phrasing", "composition")
 
 
 def main(column: str = "late") -> None:
@@ -39,7 +38,7 @@ def main(column: str = "late") -> None:
     scripts = [text.replace("late", column) for text in records.database_scripts()]
     databases = [sql.open_database(text) for text in scripts]
     accuracy = {}
-    for test in TESTS:
+    for test in common.TESTS:
         questions = [named(record) for record in records.load(test)]
         judged = score.execution_accuracy(
             trainer.model, tokenizer, questions, databases, system=system

@@ -28,6 +28,7 @@ from qlora_helpers.models import embedded
 from tools import recorder
 
 STEPS, BATCH, LEARNING_RATE = 100, 8, 2e-3  # notebook 06's
+TESTS = ("phrasing", "values", "composition")  # the order of all `verdicts`
 FOLDER = recordings.FOLDER  # where the recordings lie
 
 
@@ -163,6 +164,11 @@ def questions(split: str, tokenizer) -> Dataset:
     return records.to_prompt_completion(
         records.load(split), tokenizer, system=records.SYSTEM
     )
+
+
+def test_questions(each: int | None = None) -> list[dict]:
+    """Return all questions of the three test sets, or the first `each` of each set."""
+    return [record for test in TESTS for record in records.load(test)[:each]]
 
 
 def random_trainer(model, settings, lengths: list[int]):

