@@ -82,6 +82,26 @@ def test_all_right_or_all_wrong_is_not_certain(n):
     assert bootstrap_interval([True] * n) == pytest.approx((1, 1 - high, 1))
 
 
+@pytest.mark.parametrize("right", [0, 1, 29, 30])
+def test_an_exact_interval_ends_where_the_count_is_too_unlikely(right, n=30):
+    share, low, high = score.exact_interval(right, n)
+    assert share == right / n and 0 <= low <= share <= high <= 1
+
+    def chance(counts, true):
+        return sum(math.comb(n, k) * true**k * (1 - true) ** (n - k) for k in counts)
+
+    if right < n:
+        assert chance(range(right + 1), high) == pytest.approx(0.025)
+    if right > 0:
+        assert chance(range(right, n + 1), low) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("right, n", [(1, 0), (3, 2), (-1, 2)])
+def test_a_count_beyond_its_total_has_no_interval(right, n):
+    with pytest.raises(ValueError):
+        score.exact_interval(right, n)
+
+
 @pytest.mark.parametrize("values", [[], [math.nan, 1.0], [math.inf]])
 def test_an_interval_of_nothing_is_refused(values):
     with pytest.raises(ValueError, match="expected finite numbers"):

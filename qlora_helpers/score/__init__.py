@@ -3,6 +3,7 @@
 from qlora_helpers.score.generate import answering, generate_answers, generation_speed
 from qlora_helpers.score.intervals import (
     bootstrap_interval,
+    exact_interval,
     paired_interval,
     paired_test,
 )

@@ -1,9 +1,9 @@
 """How sure a mean or a difference is: intervals and an exact test."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 10_000
 
@@ -14,6 +14,16 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+def exact_interval(right: int, n: int, confidence=0.95) -> Interval:
+    """The share of right answers among n, and its exact (Clopper-Pearson) interval.
+
+    Raises ValueError unless 0 <= right <= n, for n = 0, and unless `confidence` lies
+    between 0 and 1. Source: Clopper and Pearson 1934.
+    """
+    found = stats.binomtest(right, n).proportion_ci(confidence, method="exact")
+    return Interval(right / n, float(found.low), float(found.high))
 
 
 def bootstrap_interval(values, confidence=0.95) -> Interval:
@@ -87,6 +97,7 @@ def paired_test(before, after) -> PairedTest:
         )
     pairs = [*zip(before, after, strict=True)]
     lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
-    differ = lost + gained
-    tail = sum(math.comb(differ, k) for k in range(min(lost, gained) + 1))
-    return PairedTest(lost, gained, min(1.0, 2 * tail / 2**differ))
+    if lost == gained:  # scipy refuses a test of no pair at all
+        return PairedTest(lost, gained, 1.0)
+    p = stats.binomtest(lost, lost + gained).pvalue
+    return PairedTest(lost, gained, float(p))

@@ -16,7 +16,7 @@ from qlora_helpers.score.generate import (
     answering,
     generate_answers,
 )
-from qlora_helpers.score.intervals import bootstrap_interval
+from qlora_helpers.score.intervals import bootstrap_interval, exact_interval
 from qlora_helpers.sql import check_databases, extract_sql, judge, run_sql
 
 ROWS_SHOWN = 10  # of an answer
@@ -116,7 +116,7 @@ def accuracy(
 
     judge: takes the model's text and the record, and returns True if the text is right.
     system: the system message of records that have none of their own, None for none.
-    Returns an Accuracy with its bootstrap interval over the records.
+    Returns an Accuracy with its exact interval over the records.
 
     Raises, before it asks anything, ValueError for a record that cannot be asked, or
     whose own answer the judge does not call right. Raises ValueError with the row where
@@ -176,7 +176,8 @@ def _accuracy(model, tokenizer, records, look, system, how) -> Accuracy:
         with task.in_row(row):
             verdict = look(text, record)
         rows.append({"question": asked, "gold": task.answer(record)} | verdict)
-    mean, low, high = bootstrap_interval([row["right"] for row in rows])
+    right = sum(row["right"] for row in rows)
+    mean, low, high = exact_interval(right, len(rows))
     stopped = sum(stop for _, stop in answers) / len(answers)
     return Accuracy(mean, low, high, len(rows), stopped, rows)
 
