@@ -668,6 +668,12 @@ def test_a_wrong_answer_is_told_and_stops_nothing(check, wrong, capsys):
     assert len(said.splitlines()) == 1
 
 
+def test_a_wrong_tensor_is_shown_where_it_is_wrong(capsys):
+    exercises.check_interleaved(lambda weight, heads: weight)  # the first row is right
+    [yours, expected] = re.findall(r"\): \[(.+?)\]", capsys.readouterr().out)[-2:]
+    assert yours.startswith("..., ") and yours != expected
+
+
 # ---- what would train on nothing, or not as it says
 
 

@@ -21,7 +21,9 @@ def try_out(name, function, cases, same=operator.eq) -> bool:
             elif same(yours, expected):
                 continue
             else:
-                fault = f"gives yours {_short(yours)}, expected {_short(expected)}"
+                place = _where(yours, expected)
+                fault = f"gives yours {_short(yours, place)}, "
+                fault += f"expected {_short(expected, place)}"
         except Exception as error:  # a reader's function may raise anything
             fault = f"raises {type(error).__name__}: {error}"
         call = f"{function.__name__}({', '.join(map(_short, arguments))})"
@@ -31,10 +33,20 @@ def try_out(name, function, cases, same=operator.eq) -> bool:
     return True
 
 
-def _short(value) -> str:
+def _where(yours, expected) -> int:
+    """The first place in flat order where two tensors of a shape differ, or else 0."""
+    both = isinstance(yours, torch.Tensor) and isinstance(expected, torch.Tensor)
+    if not both or yours.shape != expected.shape:
+        return 0
+    return int((yours != expected).flatten().int().argmax())
+
+
+def _short(value, start=0) -> str:
     if isinstance(value, torch.Tensor) and value.numel() > 4:
-        first = ", ".join(f"{number:.4g}" for number in value.flatten()[:4].tolist())
-        return f"tensor of {tuple(value.shape)}: [{first}, ...]"
+        shown = value.flatten()[start : start + 4].tolist()
+        before = "..., " if start else ""
+        numbers = ", ".join(f"{number:.4g}" for number in shown)
+        return f"tensor of {tuple(value.shape)}: [{before}{numbers}, ...]"
     if isinstance(value, tuple):
         return f"({', '.join(map(_short, value))})"
     if callable(value):
