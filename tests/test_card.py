@@ -42,7 +42,7 @@ def test_the_card_says_what_the_model_is(folder):
     assert found.data.library_name == "transformers"
     assert found.text.startswith("\n# night trains\n")
     for said in (
-        *(BASE["name"], BASE["revision"], "96.0% right", "on night trains"),
+        *(BASE["name"], BASE["revision"], "96.0 % of 100 ", "on night trains"),
         *("bitsandbytes 0.", "Llama 3.2", "dequantized", records.SYSTEM),
     ):
         assert said in found.text
@@ -60,7 +60,7 @@ def test_an_adapter_s_card_says_so(adapter):
     card.write_adapter_card(adapter, EMBEDDED, FACTS | {"licence": "MIT"}, ACCURACY)
     found = ModelCard.load(written)
     assert found.data.license == "mit"
-    assert "96.0% right" in found.text and records.SYSTEM in found.text
+    assert "96.0 % of 100 " in found.text and records.SYSTEM in found.text
 
 
 def test_a_base_in_a_local_folder_is_named_in_the_text_only(folder):
