@@ -80,8 +80,9 @@ def main() -> None:
         raise ValueError(f"{args.data} has one record to train on: give two or more")
     if args.data == NIGHT_TRAINS:  # which has records with new wordings for this
         validation = records.to_prompt_completion(
-            records.load("validation"), tokenizer, system=system
-        )
+            records.load("validation"), tokenizer,
+            system=system, max_length=args.max_length,
+        )  # fmt: skip
     else:
         held = max(1, min(HELD_BACK, len(dataset) // 10))
         parts = dataset.train_test_split(test_size=held, seed=0)

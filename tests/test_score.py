@@ -120,6 +120,15 @@ def test_the_paired_test_is_the_exact_binomial_one(lost, gained, p):
     assert turned == (gained, lost, pytest.approx(p, rel=1e-6))
 
 
+def test_a_family_counts_once_in_a_paired_test():
+    before, after = "1111 1110 00".replace(" ", ""), "0000 0101 00".replace(" ", "")
+    families = [*"aaaa", *"bbcc", *"dd"]  # a loses four, b one, c none, d nothing
+    assert score.paired_test(before, after)[:2] == (6, 1)
+    assert score.paired_test(before, after, families)[:2] == (2, 0)
+    with pytest.raises(ValueError):
+        score.paired_test(before, after, families[1:])
+
+
 def test_a_paired_test_without_a_difference_tells_nothing():
     assert score.paired_test("0110", "0110") == score.paired_test([], []) == (0, 0, 1.0)
 

@@ -1,5 +1,6 @@
 """How sure a mean or a difference is: intervals and an exact test."""
 
+import collections
 from typing import NamedTuple
 
 import numpy as np
@@ -80,13 +81,15 @@ class PairedTest(NamedTuple):
     p: float
 
 
-def paired_test(before, after) -> PairedTest:
+def paired_test(before, after, families=None) -> PairedTest:
     """Compare right-or-wrong verdicts on the same questions: the exact McNemar test.
 
     before, after: 0 or 1 for each question, as numbers or as text ("0110"). `p` is
     two-sided: if a lost answer and a gained one were equally likely, a split at least
     as uneven as this one would have this probability. Source: McNemar 1947; the exact
     form is a binomial test of the pairs that differ.
+    The test takes the questions as independent. Where they come in families, give the
+    family of each: then a family counts once, as lost if it loses more than it gains.
     Raises ValueError for verdicts that are not 0 or 1, or not in pairs.
     """
     before, after = [[*map(float, verdicts)] for verdicts in (before, after)]
@@ -96,7 +99,11 @@ def paired_test(before, after) -> PairedTest:
             f"{sorted(set(before + after))}: give 0 or 1 for each of the same questions"
         )
     pairs = [*zip(before, after, strict=True)]
-    lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
+    net = collections.Counter()
+    names = range(len(pairs)) if families is None else families
+    for family, (was, now) in zip(names, pairs, strict=True):
+        net[family] += int(now - was)
+    lost, gained = (sum(sign * n > 0 for n in net.values()) for sign in (-1, 1))
     if lost == gained:  # scipy refuses a test of no pair at all
         return PairedTest(lost, gained, 1.0)
     p = stats.binomtest(lost, lost + gained).pvalue
