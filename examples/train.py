@@ -24,6 +24,8 @@ from qlora_helpers import adapters, env, models, records, score, train
 
 NIGHT_TRAINS = "night_trains"
 HELD_BACK = 64  # records for the validation loss, or a tenth of all if that is fewer
+# read, or refused by records.read with a reason, and not looked up on the Hub
+FILES = (".jsonl", ".csv", ".json", ".tsv", ".txt", ".parquet", ".xlsx")
 ANSWER = 128  # tokens of the answer that is shown
 
 
@@ -48,7 +50,8 @@ def read(data: str):
     """The records of the night trains, of a file, or of a data set of the Hub."""
     if data == NIGHT_TRAINS:
         return records.load("train")
-    if data.lower().endswith((".jsonl", ".csv")):
+    file = pathlib.Path(data).expanduser()
+    if not data or file.exists() or file.suffix.lower() in FILES:  # else of the Hub
         return records.read(data)
     return load_dataset(data, split="train")
 
@@ -87,6 +90,12 @@ def main() -> None:
         held = max(1, min(HELD_BACK, len(dataset) // 10))
         parts = dataset.train_test_split(test_size=held, seed=0)
         dataset, validation = parts["train"], parts["test"]
+        known = {tuple(ids) for ids in dataset["input_ids"]}
+        if double := sum(tuple(ids) in known for ids in validation["input_ids"]):
+            print(
+                f"{double} of the {held} records held back occur in training too, so "
+                "the validation loss is too low: remove the duplicates"
+            )
 
     settings.eval_on_start = True
     trainer = train.build_trainer(model, tokenizer, dataset, settings, validation)

@@ -100,6 +100,8 @@ def _licence_keys(facts: dict) -> dict:
     """The licence as the Hub writes it. Raises ValueError if it has none such."""
     if (licence := facts.get("licence")) is None:
         return {}
+    if not isinstance(licence, str):
+        raise ValueError(f"the licence is {licence!r}: give its name as text")
     known = licence.lower().replace("llama ", "llama").replace(" ", "-")
     if known in LICENCES:
         return {"license": known}

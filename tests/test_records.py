@@ -574,3 +574,21 @@ def test_a_file_that_cannot_be_read_is_named(name, text, message, tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*none.csv"):
         records.read(tmp_path / "none.csv")
+
+
+def test_a_stray_quote_swallows_no_lines(tmp_path):
+    file = tmp_path / "own.csv"
+    file.write_text('instruction,input,output\nq1,,a1\nq2,,"a2\nq3,,a3\nq4,,"a4"\n')
+    with pytest.raises(ValueError, match="is not a CSV file .line 5: "):
+        records.read(file)
+
+
+def test_half_a_character_is_named():
+    with pytest.raises(ValueError, match="a text holds half a character"):
+        records.check_record({"instruction": "hello \ud800", "output": "x"})
+
+
+def test_examples_need_no_system_message():
+    [record, *_] = records.load("phrasing")
+    [first, *_] = records.few_shot(record, None, 2)["messages"]
+    assert first["role"] == "user"

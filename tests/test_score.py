@@ -661,3 +661,7 @@ def test_perplexity_of_noise_on_an_untrained_model_is_the_vocabulary(parrot):
     for block in (0, -1, 2.5):
         with pytest.raises(ValueError, match=f"block is {block}"):
             perplexity(model, tokenizer, "some prose", block=block)
+
+
+def test_equal_pairs_of_nats_have_no_width():
+    assert paired_interval([3.1, 2.9], [3.1, 2.9]) == (0, 0, 0)

@@ -763,3 +763,25 @@ def test_a_length_that_is_none_is_refused(length, model, tokenizer, tmp_path):
     settings.max_length = length
     with pytest.raises(ValueError, match="max_length is"):
         train.build_trainer(model, tokenizer, rows(tokenizer), settings)
+
+
+# ---- what was trained, and to the end
+
+
+def test_only_a_whole_training_of_this_model_passes(trainer, model):
+    with pytest.raises(RuntimeError, match="0 of 4 steps were trained: train again"):
+        train.check_trained(trainer, trainer.model)
+    trainer.train()
+    train.check_trained(trainer, trainer.model)
+    with pytest.raises(RuntimeError, match="not the one that the trainer trained"):
+        train.check_trained(trainer, object())
+
+
+def test_validation_rows_that_trl_would_cut_are_refused(model, tokenizer, tmp_path):
+    settings = train.sft_config(env.profile(), str(tmp_path), 1, 4, 1e-2, 16)
+    short, long = rows(tokenizer).select([0]), rows(tokenizer)
+    trainer = train.build_trainer(model, tokenizer, long, settings, short)
+    trainer.given_validation = long
+    trainer.args.max_length = min(map(len, long["input_ids"])) - 1
+    with pytest.raises(RuntimeError, match="validation rows are longer than max_len"):
+        train.check_effective(trainer, env.profile())

@@ -61,6 +61,17 @@ def check_record(record: dict) -> None:
             )
         if needed and not (value or "").strip():
             raise ValueError(f"{column} is empty: drop it or fill it in")
+    texts = [turn["content"] for turn in chat or ()]
+    columns = ("system",) if chat else (*COLUMNS, "system")
+    texts += [record.get(column) or "" for column in columns]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half an emoji, where a program cut it
+            raise ValueError(
+                "a text holds half a character: it is "
+                f"{text[error.start : error.end]!a} at {error.start}; remove it"
+            ) from None
     if given(record, "history"):
         raise ValueError("history holds earlier turns: clear this column, and " + TURNS)
 

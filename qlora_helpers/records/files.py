@@ -1,5 +1,7 @@
 """Records from a file: JSONL or CSV."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -60,9 +62,16 @@ def _csv(path: Path) -> list[dict]:
         table = pandas.read_csv(
             path, dtype=str, keep_default_na=False, encoding="utf-8-sig"
         )
+        # pandas lets a quote that is closed lines later swallow those lines
+        csv.field_size_limit(2**31 - 1)  # the usual one is 128 KiB
+        lines = csv.reader(io.StringIO(path.read_text("utf-8-sig")), strict=True)
+        try:
+            list(lines)
+        except csv.Error as error:
+            raise csv.Error(f"line {lines.line_num}: {error}") from None
     except pandas.errors.EmptyDataError:
         return []
-    except pandas.errors.ParserError as error:  # it names the line
+    except (pandas.errors.ParserError, csv.Error) as error:
         raise ValueError(
             f"{path} is not a CSV file ({str(error).strip()}): give each line as many "
             'fields as the first, and put a field with commas into "quotes"'

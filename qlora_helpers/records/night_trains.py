@@ -47,12 +47,13 @@ def told() -> str:
 def few_shot(record: dict, system: str, count: int) -> dict:
     """The record as a chat that first solves `count` training questions.
 
-    They are the first ones of different families. `system` is the system message.
+    They are the first ones of different families. `system` is the system message, None
+    for none.
     """
     families = {}
     for example in load("train"):
         families.setdefault(example["family"], example)
-    chat = [{"role": "system", "content": system}]
+    chat = [{"role": "system", "content": system}] if system else []
     for solved in [*[*families.values()][:count], record]:
         chat.append({"role": "user", "content": solved["instruction"]})
         chat.append({"role": "assistant", "content": solved["output"]})

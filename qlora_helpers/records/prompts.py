@@ -175,6 +175,7 @@ def to_prompt_completion(
         env.check_whole("max_length", max_length)
     messages({"instruction": ""}, system)  # raises for a system that is not text
     rows, left_out, unused, given = [], {}, set(), as_list(records)
+    first = None  # the error of the first bad record
     bar = tqdm(given, desc="reading records", unit="row", delay=5)
     for number, record in enumerate(bar):
         try:
@@ -186,6 +187,7 @@ def to_prompt_completion(
                 raise
             reason = str(error).split(": ")[1]  # behind the row
             left_out.setdefault(reason, []).append(number)
+            first = first or error
             continue
         unused |= {str(name) for name in set(record) - KNOWN}
         if max_length is not None and len(row["input_ids"]) > max_length:
@@ -208,6 +210,7 @@ def to_prompt_completion(
         said = f"{len(given) - len(rows)} of {len(given)} records are left out: "
         said += reasons
         if not rows:
+            said += f"; the first: {first}" if first else ""
             raise ValueError(f"no record is left: {said}")
         print(said)
     return Dataset.from_list(rows)

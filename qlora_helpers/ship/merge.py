@@ -153,6 +153,8 @@ def main() -> None:
     given = parser.parse_args()
     env.quiet()
     env.return_freed_memory()
+    if given.shard_mb < 1:
+        parser.error(f"--shard-mb is {given.shard_mb}: give 1 or more")
     how = given.into, given.shard_mb * 10**6
     try:
         predicted = work_bytes(given.base, given.adapter, *how)

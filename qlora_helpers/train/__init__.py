@@ -1,6 +1,6 @@
 """The QLoRA recipe: its configs and trainer, the check of them, and the live loss."""
 
-from qlora_helpers.train.effective import check_effective
+from qlora_helpers.train.effective import check_effective, check_trained
 from qlora_helpers.train.live_loss import LiveLoss
 from qlora_helpers.train.recipe import (
     CHECKPOINTING,

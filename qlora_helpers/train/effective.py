@@ -86,6 +86,20 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         print(f"{bare} of {len(layers)} 4-bit layers have no adapter (target_modules)")
 
 
+def check_trained(trainer: SFTTrainer, model) -> None:
+    """Raise RuntimeError unless the trainer trained this very model to its end."""
+    done, wanted = trainer.state.global_step, trainer.args.max_steps
+    if trainer.model is not model:
+        raise RuntimeError(
+            "the model is not the one that the trainer trained, since a cell that "
+            "loads it ran later: build the trainer and train again"
+        )
+    if done != wanted:
+        raise RuntimeError(
+            f"{done} of {wanted} steps were trained: train again, to the end"
+        )
+
+
 def optimizer_name(optimizer) -> str:
     """The name that TrainingArguments uses for the optimizer's kind."""
     kind = type(optimizer)
@@ -145,6 +159,15 @@ def check_rows(trainer: SFTTrainer) -> bool:
             f"tokens, {left_out:,} left out; {count['ended']:,} train the end token"
         )
     count["cut"] += left_out
+    held = getattr(trainer, "given_validation", None)  # TRL cuts these silently too
+    if held is not None and limit and "input_ids" in held.column_names:
+        over = sum(len(ids) > limit for ids in held["input_ids"])
+        if over:
+            raise RuntimeError(
+                f"{over:,} of {len(held):,} validation rows are longer than "
+                f"max_length={limit} and would be cut: give to_prompt_completion and "
+                "sft_config the same max_length"
+            )
     faults = {
         "cut": f"are longer than max_length={limit}, and cut rows teach the model to "
         "stop early: give to_prompt_completion and sft_config the same max_length",

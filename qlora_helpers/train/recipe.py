@@ -100,7 +100,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[LiveLoss()],
     )
-    trainer.given = dataset  # check_effective looks for rows that TRL left out
+    trainer.given, trainer.given_validation = dataset, validation  # for check_effective
     trainer.remove_callback(PrinterCallback)  # LiveLoss shows what it would print
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL made them bf16: a T4's GradScaler dies of it
