@@ -206,7 +206,7 @@ def test_chats_of_several_turns_are_checked_and_learned(
     dataset = rows(tokenizer, some, system=None)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     train.check_effective(trainer, env.profile())
-    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; 4 train the end" in (
+    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; in 4 the end" in (
         capsys.readouterr().out
     )
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -363,13 +363,13 @@ def test_several_gpus_are_refused_before_trl_sees_them(model, tokenizer, tmp_pat
 def test_rows_are_counted(trainer, capsys):
     train.check_effective(trainer, env.profile())
     said = capsys.readouterr().out
-    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; 32 train" in said
+    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; in 32 the end" in said
 
 
 @pytest.mark.parametrize(
     "long, said",
     [
-        ("output", r"rows: 10 of 10 kept, 8 cut at 512 tokens, 0 left out; 2 train"),
+        ("output", r"rows: 10 of 10 kept, 8 cut at 512 tokens, 0 left out; in 2 the end"),
         ("instruction", r"rows: 2 of 10 kept, 0 cut at 512 tokens, 8 left out; 2 tra"),
     ],
 )
