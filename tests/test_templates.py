@@ -202,7 +202,9 @@ for cell in notebook["cells"]:
     tags = cell["metadata"].get("tags", [])
     if cell["cell_type"] == "code" and "setup" not in tags:
         print(MARK)
-        exec(compile("".join(cell["source"]), "cell", "exec"), names)
+        source = "".join(cell["source"])
+        records.load = whole if "# of the 300 questions" in source else load
+        exec(compile(source, "cell", "exec"), names)
     if "setup" in tags:
         exec("from qlora_helpers import env; env.quiet()", names)
     if "settings" in tags:
@@ -241,7 +243,7 @@ def test_06_runs_on_a_base_without_a_template(base, tmp_path):
     settings["OWN_STEPS"] = 2
     said = run_cells("notebooks/06_train_llama.ipynb", settings, tmp_path)
     whole = "\n".join(said)
-    [first] = [text for text in said if text.startswith("8 records")]
+    [first] = [text for text in said if text.startswith("8 training records")]
     assert f"system: {records.SYSTEM}\n" in first
     assert "assistant: SELECT MAX(late) FROM trip" in first
     [shown] = [text for text in said if "in [brackets]" in text]
@@ -265,7 +267,7 @@ def test_07_runs_on_a_base_without_a_template(base, tmp_path):
     whole = "\n".join(said)
     for claim in ("07.same", "07.off", "07.back", "07.mixed", "07.shards"):
         assert f"{claim}: holds" in whole
-    assert "as in training" in whole
+    assert "template          with the system message" in whole
 
 
 PARTS = (  # as models that also see pictures have it
