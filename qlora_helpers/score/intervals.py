@@ -66,13 +66,12 @@ def paired_interval(before, after, confidence=0.95) -> Interval:
         raise ValueError(f"expected pairs, got shapes {before.shape}, {after.shape}")
     change = after - before
     mean, low, high = bootstrap_interval(change, confidence)
-    verdicts = np.isin([before, after], [0, 1]).all()
-    if not verdicts and len(set(change)) == 1:  # they are no shares
+    if len(set(change)) == 1:
         low = high = mean
-    if verdicts and len(set(change)) == 1:
-        unseen = 1 - ((1 - confidence) / 2) ** (1 / change.size)
-        reach = unseen * (1 + abs(mean))  # a pair can differ by one from 0, two from 1
-        low, high = max(-1.0, mean - reach), min(1.0, mean + reach)
+        if np.isin([before, after], [0, 1]).all():  # verdicts
+            unseen = 1 - ((1 - confidence) / 2) ** (1 / change.size)
+            reach = unseen * (1 + abs(mean))  # a pair can differ by 1 from 0, 2 from 1
+            low, high = max(-1.0, mean - reach), min(1.0, mean + reach)
     return Interval(mean, low, high)
 
 

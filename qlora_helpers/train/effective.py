@@ -86,6 +86,11 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         print(f"{bare} of {len(layers)} 4-bit layers have no adapter (target_modules)")
 
 
+def longer(dataset, limit: int | None) -> int:
+    """How many rows have more than `limit` tokens: none without a limit."""
+    return sum(len(ids) > (limit or math.inf) for ids in dataset["input_ids"])
+
+
 def check_trained(trainer: SFTTrainer, model) -> None:
     """Raise RuntimeError unless the trainer trained this very model to its end."""
     done, wanted = trainer.state.global_step, trainer.args.max_steps
@@ -151,8 +156,7 @@ def check_rows(trainer: SFTTrainer) -> bool:
         count["cut"] += None in taught and len(ids) == limit
     kept, left_out = len(rows), len(given) - len(rows)
     if "input_ids" in given.column_names:
-        over = sum(len(ids) > (limit or math.inf) for ids in given["input_ids"])
-        count["cut"] = over - left_out
+        count["cut"] = longer(given, limit) - left_out
     if asked:
         print(
             f"rows: {kept:,} of {len(given):,} kept, {count['cut']:,} cut at {limit} "
@@ -161,17 +165,15 @@ def check_rows(trainer: SFTTrainer) -> bool:
         )
     count["cut"] += left_out
     held = getattr(trainer, "given_validation", None)  # TRL cuts these silently too
-    if held is not None and limit and "input_ids" in held.column_names:
-        over = sum(len(ids) > limit for ids in held["input_ids"])
-        if over:
-            raise RuntimeError(
-                f"{over:,} of {len(held):,} validation rows are longer than "
-                f"max_length={limit} and would be cut: give to_prompt_completion and "
-                "sft_config the same max_length"
-            )
+    counted = held is not None and "input_ids" in held.column_names
+    if counted and (over := longer(held, limit)):
+        raise RuntimeError(
+            f"{over:,} of {len(held):,} validation rows are longer than "
+            f"max_length={limit} and would be cut: {SAME_LENGTH}"
+        )
     faults = {
         "cut": f"are longer than max_length={limit}, and cut rows teach the model to "
-        "stop early: give to_prompt_completion and sft_config the same max_length",
+        f"stop early: {SAME_LENGTH}",
         "too long": f"are longer than the {positions} tokens that the model was made "
         "for: leave them out with a smaller max_length",
         "unknown token": f"hold a token from {known:,} on, for which the model has no "
@@ -212,6 +214,7 @@ def spans(labels: list[int]) -> list[tuple[int, int]]:
     return list(zip(steps[::2], steps[1::2], strict=True))
 
 
+SAME_LENGTH = "give to_prompt_completion and sft_config the same max_length"
 AFTER_END = 2  # tokens that a template may write behind an end token: a line break
 
 
