@@ -9,7 +9,8 @@ with that row of the plan, where an earlier call was stopped.
 
 Each trained row reads 800 records (`steps` times `batch`), if its name does not say
 otherwise, and has alpha at twice the rank. `base` says how the base's weights are kept,
-"nf4" or "bf16". `verdicts` holds a 1 for each right answer: phrasing, values,
+"nf4" or "bf16". The adapters are in fp32, unless `adapters` says "bf16", TRL's choice
+beside a 4-bit base. `verdicts` holds a 1 for each right answer: phrasing, values,
 composition, 100 each.
 """
 
@@ -23,6 +24,7 @@ from common import BATCH, STEPS
 from common import LEARNING_RATE as RATE
 
 from qlora_helpers import env, models, records, score, train
+from tools import recorder
 
 SEEDS = (0, 1, 2)
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
@@ -62,6 +64,9 @@ def planned() -> list[dict]:
         if (rank, rate) != (16, RATE):  # that is the recipe
             other = {"rank": rank, "learning_rate": rate}
             variants[f"rank {rank}, rate {rate:g}"] = other
+    for rate in (RATE, 2e-4):
+        cast = {"adapters": "bf16", "learning_rate": rate}
+        variants[f"adapters in bf16, rate {rate:g}"] = cast
     for (name, changed), seed in itertools.product(variants.items(), SEEDS):
         rows.append({"run": name, "seed": seed} | recipe | changed)
     return rows
@@ -97,7 +102,8 @@ def measured(row: dict) -> dict:
     found["stopped_percent"] = round(100 * judged.stopped, 1)
     found["verdicts"] = "".join(str(int(row["right"])) for row in judged.rows)
     found["seconds"] = round(time.perf_counter() - start)
-    return row | found
+    facts = recorder.facts()  # the file's are those of the last call only
+    return row | found | {"gpu": facts["gpu"], "date": facts["date"]}
 
 
 def trainer_of(row: dict, model, tokenizer):
@@ -107,9 +113,14 @@ def trainer_of(row: dict, model, tokenizer):
     settings.train_sampling_strategy = row["sampling"]
     settings.eval_steps, settings.eval_on_start = row["steps"] // 5, True
     validation = common.questions("validation", tokenizer)
-    return common.recipe_trainer(
+    trainer = common.recipe_trainer(
         model, tokenizer, settings, row["rank"], validation=validation
     )
+    if row.get("adapters") == "bf16":
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    return trainer
 
 
 def main(workers: int = 2, first: int = 0) -> None:

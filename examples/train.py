@@ -1,4 +1,4 @@
-"""Fine-tune a Llama with QLoRA on your own records: notebook 06 without its lessons.
+"""Fine-tune a Llama with QLoRA on your own records: the training of notebook 06.
 
     python examples/train.py --data my_chats.jsonl --system "Be brief." --steps 200
     python examples/train.py --model meta-llama/Llama-3.1-8B --data tatsu-lab/alpaca

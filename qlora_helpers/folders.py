@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import psutil
+
 from qlora_helpers.card import CARD, is_own_card
 from qlora_helpers.model_files import sha256
 
@@ -56,12 +58,21 @@ def check_out(out, note: str, inputs: dict) -> Path:
 def written_whole(out, note: str, facts: dict, inputs: dict):
     """Yield an empty folder to fill, then move it to `out` with its note.
 
-    If filling it fails, nothing is left and an older folder stays. facts: what the note
-    says besides the list of files. What KEPT names moves from the older folder, except
-    an unchanged card of this package. Raises what `check_out` raises.
+    If filling it fails, nothing is left and an older folder stays. What a process left
+    that was killed meanwhile is put right by the next call for the same `out`.
+    facts: what the note says besides the list of files. What KEPT names moves from the
+    older folder, except an unchanged card of this package. Raises what `check_out`
+    raises.
     """
     place = check_out(out, note, inputs)
-    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    hidden = f".{place.name}."
+    for left in list(place.parent.iterdir()):
+        name, _, process = left.name.rpartition(".")[0].rpartition(".")
+        if name + "." == hidden and process.isdigit():
+            if not psutil.pid_exists(int(process)):  # it was killed
+                _put_right(left, place)
+    prefix = f"{hidden}{os.getpid()}."
+    beside = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
     made, old = beside / "made", beside / "old"
     try:
         made.mkdir()
@@ -90,10 +101,16 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
             ) from None
         raise
     finally:  # also after an interrupt
-        if old.exists() and not place.exists():
-            old.replace(place)
-        if not (old.exists() and made.exists()):  # else `old` is the only copy
-            shutil.rmtree(beside, ignore_errors=True)
+        _put_right(beside, place)
+
+
+def _put_right(beside: Path, place: Path) -> None:
+    """Put an older folder back to `place`, and remove the hidden folder beside it."""
+    made, old = beside / "made", beside / "old"
+    if old.exists() and not place.exists():
+        old.replace(place)
+    if not (old.exists() and made.exists()):  # else `old` is the only copy
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 _seen = {}  # hashes of files by their size and date, since weights take seconds

@@ -20,11 +20,12 @@ DASHES = (
 MARKERS = ("o", "s", "^", "D", "v", "X")
 
 STYLE = {
+    "font.size": 12,  # points at the size shown: read from the last row
     "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=DASHES),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 11,
+    "axes.titlesize": 12,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#E3E3E3",
@@ -33,7 +34,7 @@ STYLE = {
     "lines.markersize": 5,
 }
 DPI = 100
-GAP = 13  # points between two labels at lines' ends, at least
+GAP = 15  # points between two labels at lines' ends, at least
 
 
 def figure(rows=1, columns=1, size=(6.4, 3.4)):

@@ -5,6 +5,8 @@ import os
 import pathlib
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -320,6 +322,39 @@ def interrupted(monkeypatch):
         monkeypatch.setattr(pathlib.Path, "replace", renamed)
 
     return when_made
+
+
+KILLED = """import os, pathlib, signal, sys
+from qlora_helpers import folders
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "between the renames":
+    replace = pathlib.Path.replace
+    pathlib.Path.replace = lambda path, to: (
+        stop() if path.name == "made" else replace(path, to))
+with folders.written_whole(sys.argv[1], sys.argv[3], {}, {}) as made:
+    (made / "half").write_text("x")
+    if sys.argv[2] == "filling":
+        stop()
+"""
+
+
+@pytest.mark.parametrize("when", ["filling", "between the renames"])
+def test_the_next_save_removes_what_a_killed_process_left(model, saved, when):
+    before = contents(saved)
+    command = [sys.executable, "-c", KILLED, saved, when, "base.json"]
+    subprocess.run(command, cwd=env.ROOT, check=False)
+    [left] = saved.parent.glob(f".{saved.name}.*")
+    assert (left / "made" / "half").exists()
+    adapters.save_adapter(model, None, saved, BASE)
+    assert not left.exists() and contents(saved).keys() == before.keys()
+
+
+def test_what_a_running_process_fills_is_left_to_it(model, saved):
+    beside = saved.with_name(f".{saved.name}.{os.getpid()}.abc")
+    (beside / "made").mkdir(parents=True)
+    adapters.save_adapter(model, None, saved, BASE)
+    assert beside.exists()
 
 
 def test_an_interrupt_between_the_two_renames_loses_nothing(model, saved, interrupted):

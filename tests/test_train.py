@@ -139,6 +139,8 @@ def test_a_setting_changed_after_the_check_still_counts(trainer):
         (4, 2.5, 1e-2, "batch is 2.5: give a whole"),
         (4, 4, "2e-4", "learning_rate is '2e-4': give a number above 0"),
         (4, 4, 0, "learning_rate is 0: give a number above 0"),
+        (4, 4, True, "learning_rate is True: give a number above 0"),
+        (4, 4, float("inf"), "learning_rate is inf: give a number above 0"),
     ],
 )
 def test_numbers_that_train_nothing_are_refused(tmp_path, steps, batch, rate, said):

@@ -287,19 +287,20 @@ def cost(header, stem) -> str:
     rows = [r for r in recordings.read("notebooks")["rows"] if r["notebook"] == stem]
 
     def where(row):
+        one = "" if row["machine"].endswith("CPU cores") else "one "
         cap = f" limited to {row['cap_gib']:.0f} GiB" if row["cap_gib"] else ""
-        return f"{row['machine']}{cap} in {row['computes_in']}"
+        return f"{one}{row['machine']}{cap} in {row['computes_in']}"
 
-    ran = "; ".join(f"{r['seconds'] / 60:.1f} min on {where(r)}" for r in rows)
-    took = "; ".join(
+    ran = [f"{r['seconds'] / 60:.1f} min on {where(r)}" for r in rows]
+    took = [
         f"{r['peak_gpu_gib']:.1f} GiB of GPU memory on {where(r)}"
         if r["peak_gpu_gib"]
         else f"{r['peak_ram_gib']:.1f} GiB on {where(r)}"
         for r in rows
-    )
+    ]
     known = (
-        ("Time", "(an estimate)", f"; the cells took {ran}."),
-        ("Needs", "of memory", f"; the peak was {took}."),
+        ("Time", "(an estimate)", f"; the cells ran for {_listed(ran)}."),
+        ("Needs", "of memory", f"; the peak was {_listed(took)}."),
     )
     for part, end, ran_or_took in known:
         text = ran_or_took if rows else "; running it was not measured."
@@ -309,6 +310,11 @@ def cost(header, stem) -> str:
             header,
         )
     return header
+
+
+def _listed(parts: list[str]) -> str:
+    """The parts as an English list: "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def fetch() -> None:

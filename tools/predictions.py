@@ -197,7 +197,7 @@ def _draw_numbers(ax, numbers, readers) -> None:
         ax.set_xticks([], minor=True)
     ax.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
     ax.axvline(1, color="black", linewidth=1.5, linestyle="-", zorder=1)
-    ax.set_xlabel("guess / measurement (no unit): 1 is exact")
+    ax.set_xlabel("guess / measurement (1 is exact)")
     title = "Guessed too low on the left, too high on the right"
     if room:
         title += f"\n{readers} readers; the bar is the median"

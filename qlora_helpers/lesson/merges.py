@@ -80,7 +80,8 @@ def kept_by_change(wanted, kept, title, groups=40) -> None:
         sigma = [part.std().item() for part in parts]
         low = [m - s for m, s in zip(mean, sigma, strict=True)]
         high = [m + s for m, s in zip(mean, sigma, strict=True)]
-        ax.fill_between(x, low, high, color=plots.COLOURS[0], alpha=0.2, linewidth=0)
+        ax.fill_between(x, low, high, color=plots.COLOURS[0], alpha=0.2, linewidth=0,
+                        label="± 1 standard deviation")  # fmt: skip
         ax.plot(x, mean, color=plots.COLOURS[0], linestyle="-", label="mean kept")
         ax.plot(x, x, color=plots.COLOURS[5], linestyle="--", label="all of it")
         ax.set_title(label)

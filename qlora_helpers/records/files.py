@@ -5,8 +5,6 @@ import io
 import json
 from pathlib import Path
 
-import pandas
-
 
 def read(path) -> list[dict]:
     """The records of a `.jsonl` file (one JSON object a line) or of a `.csv` file.
@@ -44,41 +42,38 @@ def _jsonl(path: Path) -> list[dict]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}, is not JSON ({error.msg} at column "
-                f"{error.colno}): write one whole JSON object on each line"
-            ) from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number}, holds a {type(record).__name__}: write one "
-                'JSON object on each line, such as {"instruction": …, "output": …}'
-            )
-        found.append(record)
+            why = f"{error.msg} at column {error.colno}"
+        except (RecursionError, ValueError) as error:  # too deep; a number too long
+            why = str(error)
+        else:
+            if isinstance(record, dict):
+                found.append(record)
+                continue
+            why = f"it is a {type(record).__name__}"
+        raise ValueError(
+            f"{path}, line {number}, is not a JSON object ({why}): write one whole "
+            'object on each line, such as {"instruction": …, "output": …}'
+        )
     return found
 
 
 def _csv(path: Path) -> list[dict]:
+    csv.field_size_limit(2**31 - 1)  # the usual one is 128 KiB
+    # pandas lets a quote that is closed lines later swallow those lines
+    text = io.StringIO(path.read_text("utf-8-sig"), newline="")
+    lines = csv.reader(text, strict=True)
+    found, names = [], []
     try:
-        table = pandas.read_csv(
-            path, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-        )
-        # pandas lets a quote that is closed lines later swallow those lines
-        csv.field_size_limit(2**31 - 1)  # the usual one is 128 KiB
-        lines = csv.reader(io.StringIO(path.read_text("utf-8-sig")), strict=True)
-        try:
-            list(lines)
-        except csv.Error as error:
-            raise csv.Error(f"line {lines.line_num}: {error}") from None
-    except pandas.errors.EmptyDataError:
-        return []
-    except (pandas.errors.ParserError, csv.Error) as error:
+        for fields in filter(None, lines):
+            names = names or fields
+            if len(fields) != len(names):
+                raise csv.Error(f"{len(fields)} fields, and {len(names)} names")
+            found.append(dict(zip(names, fields, strict=True)))
+    except csv.Error as error:
         raise ValueError(
-            f"{path} is not a CSV file ({str(error).strip()}): give each line as many "
-            'fields as the first, and put a field with commas into "quotes"'
+            f"{path}, line {lines.line_num}, is not CSV ({error}): give each line as "
+            'many fields as the first, and put a field with commas into "quotes"'
         ) from None
-    if not isinstance(table.index, pandas.RangeIndex):
-        raise ValueError(
-            f"{path}, line 2, has more fields than the first line has names: put a "
-            'field with commas into "quotes"'
-        )
-    return table.to_dict("records")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} has the columns {names}: give each its own name")
+    return found[1:]

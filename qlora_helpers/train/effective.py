@@ -62,8 +62,8 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
     dtypes = {parameter.dtype for parameter in trained.values()}
     effective = {  # what the recipe asks for: whether it is so
         "the linear layers are NF4": not plain and kinds == {"nf4"},
-        "with double quantization": all(m.weight.quant_state.nested for m in layers),
-        f"computing in {profile.compute_dtype}": computing == {profile.compute_dtype},
+        "they use double quantization": all(m.weight.quant_state.nested for m in layers),
+        f"they compute in {profile.compute_dtype}": computing == {profile.compute_dtype},
         "only adapters are trained": all("lora_" in name for name in trained),
         "adapters are fp32": dtypes == {torch.float32},
         f"the optimizer is {profile.optim}": optimizer == profile.optim,
@@ -80,7 +80,7 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
         )
     trainer.remove_callback(AtStart)
     trainer.add_callback(AtStart(profile.checkpointing))
-    print("in effect:", "; ".join(effective))
+    print("checked:", "; ".join(effective))
     bare = len(layers) - sum(isinstance(m.get_base_layer(), Linear4bit) for m in tuned)
     if bare:
         print(f"{bare} of {len(layers)} 4-bit layers have no adapter (target_modules)")
@@ -161,7 +161,7 @@ def check_rows(trainer: SFTTrainer) -> bool:
         print(
             f"rows: {kept:,} of {len(given):,} kept, {count['cut']:,} cut at {limit} "
             f"tokens, {left_out:,} left out; in {count['ended']:,} the end token "
-            "carries loss"
+            "counts in the loss"
         )
     count["cut"] += left_out
     held = getattr(trainer, "given_validation", None)  # TRL cuts these silently too

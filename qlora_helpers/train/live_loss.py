@@ -76,7 +76,11 @@ class LiveLoss(TrainerCallback):
         last = losses[-max(1, min(10, len(losses) // 4)) :]
         end = statistics.mean(last)
         since = "" if every_step else ", averaged since the point before"
-        ax.set_title(f"The training loss goes from {losses[0]:.2g} to {end:.2g}{since}")
+        title = f"Training loss: {losses[0]:.2g} to {end:.2g}{since}"
+        if self.validation:
+            ends = [f"{loss:.2g}" for _, loss in (self.validation[0], self.validation[-1])]
+            title += f". Validation loss: {' to '.join(ends)}"
+        ax.set_title(title)
         ax.legend(frameon=False)
         alt = (
             f"Training loss from {losses[0]:.1f} at step {steps[0]} to "

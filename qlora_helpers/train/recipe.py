@@ -73,11 +73,15 @@ def sft_config(
 
 
 def check_numbers(steps, batch, learning_rate) -> None:
-    """Raise ValueError for steps or batch below 1, or a rate that is not above 0."""
+    """Raise ValueError for steps or batch below 1, or a rate that is not in (0, 1)."""
     env.check_whole("steps", steps)
     env.check_whole("batch", batch)
-    if not isinstance(learning_rate, int | float) or not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate!r}: give a number above 0")
+    number = isinstance(learning_rate, int | float) and learning_rate is not True
+    if not number or not 0 < learning_rate < 1:
+        raise ValueError(
+            f"learning_rate is {learning_rate!r}: give a number above 0 and below 1, "
+            "such as 2e-4"
+        )
 
 
 def build_trainer(

@@ -120,7 +120,7 @@ def check_learning_rate(schedule) -> bool:
     for steps, warmup, peak in [(100, 5, 2e-3), (20, 4, 1e-4)]:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
         scheduler = get_linear_schedule_with_warmup(optimizer, warmup, steps)
-        for step in (0, 1, warmup, steps // 2, steps - 1):
+        for step in (0, 1, warmup - 1, warmup, steps // 2, steps - 1):
             expected = peak * scheduler.lr_lambdas[0](step)
             cases.append(((step, steps, warmup, peak), expected))
     near = functools.partial(math.isclose, abs_tol=1e-9)

@@ -90,7 +90,7 @@ def check_adapter_gradients(adapter_gradients) -> bool:
 def check_merged(merged) -> bool:
     """Exercise 07.2: a 16-bit weight with an adapter merged, rounded only once."""
     cases = []
-    tried = [(32, 16, False), (32, 16, True), (8, 4, True), (8, 16, False)]
+    tried = [(32, 16, False), (32, 16, True), (10, 8, True), (8, 16, False)]
     for alpha, r, rslora in tried:
         weight, A, B = _random((48, 64), (r, 64), (48, r))
         weight, B = weight.bfloat16(), 0.05 * B
@@ -118,6 +118,8 @@ def check_gguf_bytes(gguf_bytes) -> bool:
         (576, 576, "Q4_K", "Q5_0"),
         (576, 1536, "Q4_K", "Q4_K"),
         (8, 768, "Q4_K", "Q4_K"),
+        (10, 3200, "Q4_K", "Q5_0"),
+        (2, 128, "Q4_K", "Q5_0"),
         (3, 64, "Q8_0", "Q8_0"),
         (5, 96, "Q4_0", "Q4_0"),
         (7, 50, "F16", "F16"),
