@@ -67,6 +67,9 @@ def planned() -> list[dict]:
     for rate in (RATE, 2e-4):
         cast = {"adapters": "bf16", "learning_rate": rate}
         variants[f"adapters in bf16, rate {rate:g}"] = cast
+    low = {"learning_rate": 5e-5}
+    variants["rank 16, rate 5e-05"] = low
+    variants["adapters in bf16, rate 5e-05"] = low | {"adapters": "bf16"}
     for (name, changed), seed in itertools.product(variants.items(), SEEDS):
         rows.append({"run": name, "seed": seed} | recipe | changed)
     return rows

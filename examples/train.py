@@ -53,7 +53,14 @@ def read(data: str):
     file = pathlib.Path(data).expanduser()
     if not data or file.exists() or file.suffix.lower() in FILES:  # else of the Hub
         return records.read(data)
-    return load_dataset(data, split="train")
+    try:
+        return load_dataset(data, split="train")
+    except (OSError, ValueError) as error:  # unknown, private, or no connection
+        raise FileNotFoundError(
+            f"{data!r} is no file here, and the Hub gave no data set of this name "
+            f"({str(error).strip().splitlines()[0]}): give the path of a .jsonl or "
+            ".csv file, or OWNER/NAME"
+        ) from None
 
 
 def main() -> None:

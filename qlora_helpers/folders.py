@@ -28,6 +28,8 @@ def check_out(out, note: str, inputs: dict) -> Path:
 
     Raises FileExistsError or PermissionError if it may not.
     """
+    if not str(out):
+        raise ValueError("the folder's name is empty: name a folder")
     place = Path(out).expanduser().resolve()
     for what, folder in inputs.items():
         if place == Path(folder).resolve():
@@ -68,9 +70,9 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
     hidden = f".{place.name}."
     for left in list(place.parent.iterdir()):
         name, _, process = left.name.rpartition(".")[0].rpartition(".")
-        if name + "." == hidden and process.isdigit():
-            if not psutil.pid_exists(int(process)):  # it was killed
-                _put_right(left, place)
+        ours = name + "." == hidden and process.isdigit()
+        if ours and not psutil.pid_exists(int(process)):  # it was killed
+            _put_right(left, place)
     prefix = f"{hidden}{os.getpid()}."
     beside = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
     made, old = beside / "made", beside / "old"

@@ -94,3 +94,9 @@ def test_what_cannot_be_trained_is_said(arguments, said, base, tmp_path):
     (tmp_path / "one.csv").write_text("instruction,output\nSay 1.,1\n", "utf-8")
     done = run(tmp_path, "--model", str(base), *arguments)
     assert done.returncode == 1 and said in done.stderr
+
+
+def test_data_that_nobody_has_is_named(base, tmp_path):
+    done = run(tmp_path, "--model", str(base), "--data", "nobody/has_this")
+    assert done.returncode and "'nobody/has_this' is no file here" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("or OWNER/NAME")

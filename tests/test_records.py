@@ -145,7 +145,7 @@ def test_the_columns_that_are_not_used_are_named(chat, says, capsys):
     with says("not used: 3, None "):
         records.to_prompt_completion(given, chat, system=None)
     with pytest.raises(
-        ValueError, match=r"no column 'output': the columns are None, inst"
+        ValueError, match=r"no column 'output': the columns are 'instruction', N"
     ):
         records.to_prompt_completion([{"instruction": "a", None: ""}], chat, system="")
     # what the task's own records hold is known
@@ -153,6 +153,26 @@ def test_the_columns_that_are_not_used_are_named(chat, says, capsys):
     given += [ALPACA[0] | {"history": math.nan}]  # as pandas fills it
     records.to_prompt_completion(given, chat, system=None)
     assert capsys.readouterr().out == ""
+
+
+def chat_with(**keys):
+    """A record with a chat whose last turn has these keys too."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return {"messages": [turns[0], turns[1] | keys]}
+
+
+def test_the_keys_of_a_turn_that_are_not_used_are_named(chat, says, capsys):
+    with says("not used: name of a turn "):
+        records.to_prompt_completion([chat_with(name="Ann")], chat, system=None)
+    empty = chat_with(name=None, weight=1, tool_calls=[])
+    records.to_prompt_completion([empty], chat, system=None)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"tool_calls": [{"id": "1"}]}])
+def test_a_key_of_a_turn_that_would_change_the_training_is_refused(key, chat):
+    with pytest.raises(ValueError, match=f"a turn has '{[*key][0]}', which is not sup"):
+        records.to_prompt_completion([chat_with(**key)], chat, system=None)
 
 
 def test_a_record_may_bring_its_own_system_message(chat, bare):
@@ -550,9 +570,11 @@ def test_a_file_gives_its_records(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n\n{"a": \n', "line 3, is not a JSON object .Expecting v"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', "line 3, is not a JSON object .Expect"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2, is not a JSON object .it is a list."),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1, .*Exceeds the limit"),
+        ("a.jsonl", '{"a": 1, "b": 2, "a": 3}', "a key occurs twice: a, b, a"),
+        ("a.jsonl", "[" * 100_000, "line 1, is not a JSON object .maximum recursion"),
         ("a.jsonl", "\n", "a.jsonl holds no rows"),
         ("a.csv", "a,b\n", "a.csv holds no rows"),
         ("a.csv", "", "a.csv holds no rows"),

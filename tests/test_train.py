@@ -461,7 +461,7 @@ def test_the_bar_and_the_curve_run_over_the_steps(trainer, shown):
     bar = live_of(trainer).bar
     assert (bar.n, bar.total) == (4, 4)
     [(steps, title, alt)] = shown
-    assert steps == [1, 2, 3, 4] and title.startswith("The training loss goes from ")
+    assert steps == [1, 2, 3, 4] and title.startswith("Training loss: ")
     assert alt.endswith("over the last 1 of 4 steps")
 
 

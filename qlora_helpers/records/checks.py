@@ -20,6 +20,9 @@ RENAMES = [  # columns of other data sets, and what to call them
     {"question": "instruction", "answer": "output"},
     {"response": "output"},
 ]
+# Keys of a turn that change what is trained on, unless they are empty or 1.
+UNSUPPORTED = ("weight", "tool_calls", "function_call")
+EMPTY = (None, 1, "", [])
 TURNS = (
     "write a chat into 'messages', as a list of turns such as "
     "{'role': 'user', 'content': 'Hello'}"
@@ -49,7 +52,7 @@ def check_record(record: dict) -> None:
         value = record.get(column)
         needed = column in ("instruction", "output")
         if needed and column not in record:
-            columns = ", ".join(sorted(map(str, record)))
+            columns = ", ".join(sorted(map(repr, record)))
             raise ValueError(
                 f"no column {column!r}: the columns are {columns}; {advice(record)}"
             )
@@ -109,6 +112,11 @@ def turns(record: dict) -> list[dict] | None:
                 f"a turn is not text: turn {place} of {column} is "
                 f"{reprlib.repr(content)} ({type(content).__name__}); make it text"
             )
+        if key := next((k for k in UNSUPPORTED if turn.get(k, 1) not in EMPTY), None):
+            raise ValueError(
+                f"a turn has {key!r}, which is not supported: turn {place} of "
+                f"{column}; remove this key, or drop the record"
+            )
         said = ROLES.get(said, said)
         if not content.strip() and said != "system":
             raise ValueError(
@@ -125,6 +133,16 @@ def turns(record: dict) -> list[dict] | None:
             "assistant in turn, the assistant last"
         )
     return found
+
+
+def unused(record: dict) -> set[str]:
+    """The columns of a record, and keys of its turns, that nothing is made of."""
+    names = {str(name) for name in set(record) - KNOWN}
+    for column, known in CHATS.items():
+        for turn in given(record, column) or ():
+            keys = {key for key, value in turn.items() if value not in EMPTY}
+            names |= {f"{key} of a turn" for key in keys - {*known, *UNSUPPORTED}}
+    return names
 
 
 def advice(record: dict) -> str:

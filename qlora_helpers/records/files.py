@@ -13,6 +13,8 @@ def read(path) -> list[dict]:
     Raises FileNotFoundError, and ValueError, naming file and line, for another kind of
     file, a broken line, text that is not UTF-8, or a file without rows.
     """
+    if not str(path):
+        raise ValueError("the path is empty: give that of a .jsonl or .csv file")
     path = Path(path).expanduser()
     readers = {".jsonl": _jsonl, ".csv": _csv}
     if path.suffix.lower() not in readers:
@@ -40,10 +42,10 @@ def _jsonl(path: Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             why = f"{error.msg} at column {error.colno}"
-        except (RecursionError, ValueError) as error:  # too deep; a number too long
+        except (RecursionError, ValueError) as error:  # too deep; a key twice
             why = str(error)
         else:
             if isinstance(record, dict):
@@ -54,6 +56,14 @@ def _jsonl(path: Path) -> list[dict]:
             f"{path}, line {number}, is not a JSON object ({why}): write one whole "
             'object on each line, such as {"instruction": …, "output": …}'
         )
+    return found
+
+
+def _once(pairs: list[tuple]) -> dict:
+    """The object of these keys and values; json would keep the last of equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key occurs twice: {', '.join(key for key, _ in pairs)}")
     return found
 
 

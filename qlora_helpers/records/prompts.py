@@ -8,7 +8,8 @@ from tqdm.auto import tqdm
 
 from qlora_helpers import env
 from qlora_helpers.models.template import INSTRUCTION, leading_ids
-from qlora_helpers.records.checks import KNOWN, as_list, check_record, in_row, turns
+from qlora_helpers.records import checks
+from qlora_helpers.records.checks import as_list, check_record, in_row, turns
 
 MAX_LENGTH = 512  # tokens of a record; records and trainer need the same number
 NO_SYSTEM = "pass system=None, drop the column system, and put its text in instruction"
@@ -189,7 +190,7 @@ def to_prompt_completion(
             left_out.setdefault(reason, []).append(number)
             first = first or error
             continue
-        unused |= {str(name) for name in set(record) - KNOWN}
+        unused |= checks.unused(record)
         if max_length is not None and len(row["input_ids"]) > max_length:
             reason = f"longer than max_length={max_length} tokens"
             left_out.setdefault(reason, []).append(number)

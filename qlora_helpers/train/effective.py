@@ -58,12 +58,13 @@ def check_effective(trainer: SFTTrainer, profile: env.Profile) -> None:
     repeats = models.repeats_keys_and_values()
     repeated = ", keys and values repeated" if profile.fp16 else ""
     kinds = {layer.weight.quant_type for layer in layers}
-    computing = {layer.compute_dtype for layer in layers}
+    doubled = {layer.weight.quant_state.nested for layer in layers}
+    dtype, computing = profile.compute_dtype, {m.compute_dtype for m in layers}
     dtypes = {parameter.dtype for parameter in trained.values()}
     effective = {  # what the recipe asks for: whether it is so
         "the linear layers are NF4": not plain and kinds == {"nf4"},
-        "they use double quantization": all(m.weight.quant_state.nested for m in layers),
-        f"they compute in {profile.compute_dtype}": computing == {profile.compute_dtype},
+        "they use double quantization": doubled == {True},
+        f"they compute in {dtype}": computing == {dtype},
         "only adapters are trained": all("lora_" in name for name in trained),
         "adapters are fp32": dtypes == {torch.float32},
         f"the optimizer is {profile.optim}": optimizer == profile.optim,

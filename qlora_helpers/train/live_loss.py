@@ -78,8 +78,8 @@ class LiveLoss(TrainerCallback):
         since = "" if every_step else ", averaged since the point before"
         title = f"Training loss: {losses[0]:.2g} to {end:.2g}{since}"
         if self.validation:
-            ends = [f"{loss:.2g}" for _, loss in (self.validation[0], self.validation[-1])]
-            title += f". Validation loss: {' to '.join(ends)}"
+            (_, high), (_, low) = self.validation[0], self.validation[-1]
+            title += f". Validation loss: {high:.2g} to {low:.2g}"
         ax.set_title(title)
         ax.legend(frameon=False)
         alt = (
