@@ -5,13 +5,16 @@
 
 The records have Alpaca's columns, or chats in `messages`. Those that cannot be trained
 on are left out and counted. Some are held back for the validation loss. The last lines
-show one answer of the reloaded adapter; 06 measures how many are right.
+show one answer of the reloaded adapter; 06 measures how many are right. An interrupt
+saves nothing.
 """
 
 import argparse
 import gc
 import pathlib
+import re
 import sys
+import tempfile
 
 import torch
 from datasets import load_dataset
@@ -24,7 +27,8 @@ from qlora_helpers import adapters, env, models, records, score, train
 
 NIGHT_TRAINS = "night_trains"
 HELD_BACK = 64  # records for the validation loss, or a tenth of all if that is fewer
-# read, or refused by records.read with a reason, and not looked up on the Hub
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
+# not looked up on the Hub
 FILES = (".jsonl", ".csv", ".json", ".tsv", ".txt", ".parquet", ".xlsx")
 ANSWER = 128  # tokens of the answer that is shown
 
@@ -51,8 +55,9 @@ def read(data: str):
     if data == NIGHT_TRAINS:
         return records.load("train")
     file = pathlib.Path(data).expanduser()
-    if not data or file.exists() or file.suffix.lower() in FILES:  # else of the Hub
-        return records.read(data)
+    is_file = file.exists() or file.suffix.lower() in FILES
+    if is_file or not ON_THE_HUB.fullmatch(data):
+        return records.read(data)  # or refused there, with a reason
     try:
         return load_dataset(data, split="train")
     except (OSError, ValueError) as error:  # unknown, private, or no connection
@@ -72,7 +77,10 @@ def main() -> None:
         rate = 2e-3 if name == models.EMBEDDED else 2e-4
     if system is None and args.data == NIGHT_TRAINS:
         system = records.SYSTEM
+    env.check_whole("rank", args.rank)
     adapters.check_place(args.output)  # before minutes of training
+    if (pathlib.Path(args.output).expanduser() / adapters.CONFIG).exists():
+        print(f"the adapter in {args.output} will be replaced")
     folder = str(env.cache_dir() / "example_run")
     settings = train.sft_config(
         machine, folder, args.steps, args.batch, rate, args.max_length
@@ -113,7 +121,12 @@ def main() -> None:
         print(f"validation loss after {row['step']} steps: {row['eval_loss']:.3f}")
 
     identity = models.base_identity(name)
-    saved = adapters.save_adapter(model, tokenizer, args.output, identity)
+    try:
+        saved = adapters.save_adapter(model, tokenizer, args.output, identity)
+    except OSError as error:  # such as a full disk, or a file that came in meanwhile
+        print(f"{error}; so the adapter is saved in the cache instead")
+        place = tempfile.mkdtemp(prefix="adapter_", dir=env.cache_dir())
+        saved = adapters.save_adapter(model, tokenizer, place, identity)
     del model, trainer
     gc.collect()
     torch.cuda.empty_cache()

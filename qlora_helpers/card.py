@@ -49,6 +49,11 @@ def write_adapter_card(folder, base: dict, facts=None, accuracy=None) -> Path:
     return _write([weights], "peft", base, facts or {}, accuracy)
 
 
+def check_licence(licence: str) -> None:
+    """Raise what `write_card` raises for a licence without a `licence_link`."""
+    _licence_keys({"licence": licence})
+
+
 def is_own_card(file) -> bool:
     """True for a card that this package wrote and nobody has changed since."""
     try:

@@ -32,8 +32,10 @@ def check_out(out, note: str, inputs: dict) -> Path:
         raise ValueError("the folder's name is empty: name a folder")
     place = Path(out).expanduser().resolve()
     for what, folder in inputs.items():
-        if place == Path(folder).resolve():
-            raise FileExistsError(f"{out} is {what}: name another folder")
+        given = Path(folder).resolve()
+        if place == given or place in given.parents or given in place.parents:
+            where = "is" if place == given else "holds or lies in the folder of"
+            raise FileExistsError(f"{out} {where} {what}: name another folder")
     if os.path.ismount(place) or place == Path.cwd():
         raise FileExistsError(
             f"{out} is a disk or the current folder: name a folder inside it"
@@ -90,6 +92,8 @@ def written_whole(out, note: str, facts: dict, inputs: dict):
                 listed[file.relative_to(made).as_posix()] = fingerprint(file)
         text = json.dumps(facts | {"files": listed}, indent=1, default=str)
         (made / note).write_text(text + "\n", encoding="utf-8")
+        for file in made.rglob("*.safetensors"):  # safetensors makes them private
+            file.chmod((made / note).stat().st_mode)
         check_out(out, note, inputs)  # again, since minutes may have passed
         if place.exists():
             place.replace(old)

@@ -154,6 +154,9 @@ def run_sql(sql, database, max_rows=1000, max_seconds=5.0) -> Result:
             return Result([], [], f"more than {max_rows:,} rows")
         return Result(columns, rows, None)
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        if code == sqlite3.SQLITE_INTERRUPT and not stopped_by:
+            raise KeyboardInterrupt from None  # SQLite swallows one in over_the_limit
         return Result([], [], stopped_by or str(error) or type(error).__name__)
     finally:
         cursor.close()

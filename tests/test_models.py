@@ -668,7 +668,7 @@ def test_a_damaged_base_is_named_and_never_made_up(
 
 
 def test_what_names_no_base_gets_a_sentence(tiny_dir):
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(ValueError, match="the base is None: give 'embedded', a folder"):
         models.load_base(None)
     with pytest.raises(FileNotFoundError, match="config.json' is neither 'embedded'"):
         models.load_base(tiny_dir / "config.json")

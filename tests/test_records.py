@@ -87,7 +87,7 @@ def test_three_databases_with_the_same_tables_and_other_rows():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"output": ...}, "row 2: no column 'output': the columns .* input.*rename"),
+        ({"output": ...}, "row 2: no column 'output': the columns .*input.*rename"),
         ({"instruction": ...}, "row 2: no column 'instruction'"),
         ({"output": ""}, "row 2: output is empty"),
         ({"output": " \n"}, "row 2: output is empty"),

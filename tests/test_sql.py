@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import signal
 import sqlite3
 import threading
 
@@ -416,3 +417,22 @@ def test_a_record_that_cannot_judge_is_refused(sql, databases):
 )
 def test_thoughts_and_comments_do_not_cut_a_statement(text, wanted):
     assert extract_sql(text) == wanted
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_an_interrupt_of_a_query_is_raised():
+    database = sqlite3.connect(":memory:")
+    slow = "WITH RECURSIVE n(i) AS (VALUES(1) UNION ALL SELECT i + 1 FROM n) SELECT "
+    slow += "count(*) FROM n WHERE i > 0"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_sql(slow, database, max_seconds=60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

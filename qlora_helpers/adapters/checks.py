@@ -23,7 +23,7 @@ def base_of(folder) -> dict:
     Raises FileNotFoundError if there is no adapter, and ValueError if the folder does
     not say what it was trained on.
     """
-    folder = Path(folder).expanduser()
+    folder = as_folder(folder)
     named = _config(folder).get("base_model_name_or_path")
     note = read_json(folder / NOTE, "name") if (folder / NOTE).exists() else {}
     if "tensors_sha256" not in note:
@@ -33,6 +33,13 @@ def base_of(folder) -> dict:
             "PeftModel.from_pretrained, and save it with save_adapter"
         )
     return note
+
+
+def as_folder(folder) -> Path:
+    """The path of an adapter's folder. Raises ValueError for what is none."""
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise ValueError(f"the adapter is {folder!r}: give the path of its folder")
+    return Path(folder).expanduser()
 
 
 def _config(folder: Path) -> dict:

@@ -78,7 +78,7 @@ def load_adapter(
     pickle, or an adapter of another base, which PEFT would load without a warning, and
     PEFT's RuntimeError for a tensor whose shape the config contradicts.
     """
-    folder = Path(folder).expanduser()
+    folder = checks.as_folder(folder)
     quantization = getattr(model.config, "quantization_config", None)
     saved = checks.check_adapter(folder, base, quantization)
     has_adapters = isinstance(model, PeftModel)

@@ -12,6 +12,7 @@ try:
         Profile,
         cache_dir,
         check_gib,
+        check_name,
         check_whole,
         path,
         profile,

@@ -132,10 +132,22 @@ def cache_dir() -> pathlib.Path:
     return folder
 
 
-def check_whole(name: str, value) -> None:
-    """Raise ValueError unless `value` is a whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+def check_whole(name: str, value, low: int = 1, high: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number from `low` to `high`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}: give a whole number {limits}")
+
+
+def check_name(name: str, value) -> None:
+    """Raise ValueError unless `value` can name a folder in the cache."""
+    plain = isinstance(value, str) and value not in ("", "..")
+    plain = plain and pathlib.Path(value).name == value
+    if not plain:
+        raise ValueError(
+            f"{name} is {value!r}: give the plain name of a folder, such as 'my_run'"
+        )
 
 
 def check_gib(name, gib) -> None:

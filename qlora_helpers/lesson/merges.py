@@ -37,19 +37,22 @@ def against_trained(rows) -> pandas.DataFrame:
 def lost_and_gained(labels, lost, gained, title, asked) -> None:
     """Show a bar to the left for the answers lost, and one to the right for those won.
 
-    labels: a name for each pair of bars, from the top. asked: the number of questions.
+    labels: a name for each pair of bars, from the top, as "base, format"; a new base
+    stands apart. asked: the number of questions.
     """
     height = 1.3 + 0.3 * len(labels)
     fig, ax = plots.figure(size=(6.4, height))
-    places = range(len(labels), 0, -1)  # from the top
+    bases = [label.split(",")[0] for label in labels]
+    gaps = [bases[i] != bases[max(0, i - 1)] for i in range(len(bases))]
+    places = [-i - 0.6 * sum(gaps[: i + 1]) for i in range(len(labels))]  # downwards
     for sign, counts, name in ((-1, lost, "lost"), (1, gained, "gained")):
         colour = plots.COLOURS[1 if sign < 0 else 0]
         ends = [sign * count for count in counts]
         bars = ax.barh(places, ends, color=colour)
         ax.bar_label(bars, [f"{count}" for count in counts], padding=3)
-        place = 0.02 if sign < 0 else 0.98
-        side = "left" if sign < 0 else "right"
-        ax.text(place, 1, name, color=colour, ha=side, transform=ax.transAxes)
+        beside = ax.get_xaxis_transform()  # x in answers, y in parts of the height
+        side = "right" if sign < 0 else "left"
+        ax.text(0, 1.01, f" {name} ", color=colour, ha=side, transform=beside)
     ax.axvline(0, color=plots.COLOURS[5], linewidth=1, linestyle="-")
     ax.set_yticks(places, labels)
     ax.margins(x=0.12)
@@ -91,8 +94,8 @@ def kept_by_change(wanted, kept, title, groups=40) -> None:
     for ax in axes:
         ax.set_ylim(-limit, limit)
     axes[-1].tick_params(labelleft=False)
-    axes[0].legend(frameon=False, loc="upper left")
-    fig.suptitle(title, x=0.02, ha="left", fontsize=11)
+    axes[-1].legend(frameon=False, loc="upper left")
+    fig.suptitle(title, x=0.02, ha="left", fontsize=12)
     plots.show(fig, alt=f"{title}. In each panel, the change kept against the change "
                "wanted: the mean, a band of one standard deviation, and the line where "
                "all of the change is kept")  # fmt: skip

@@ -35,6 +35,10 @@ def base_folder(name=EMBEDDED, revision=None, weights: bool = True) -> Path:
     Raises PermissionError (gated), ConnectionError (no network), FileNotFoundError (no
     model), ValueError (an adapter, a revision without a Hub id), and the Hub's errors.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(
+            f"the base is {name!r}: give {EMBEDDED!r}, a folder, or a Hub id"
+        )
     here = embedded_dir() if name == EMBEDDED else Path(name).expanduser()
     on_hub = not here.is_dir() or not str(name)
     if revision is not None and not on_hub:

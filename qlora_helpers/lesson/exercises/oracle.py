@@ -22,12 +22,15 @@ def try_out(name, function, cases, same=operator.eq) -> bool:
                 fault = "changes the tensor that it is given; return a new one"
             elif yours is None or yours is ...:
                 fault = "returns nothing; write its body above"
-            elif same(yours, expected):
+            elif _agree(same, yours, expected):
                 continue
             else:
                 place = _where(yours, expected)
                 fault = f"gives yours {_short(yours, place)}, "
                 fault += f"expected {_short(expected, place)}"
+                kinds = [getattr(one, "dtype", None) for one in (yours, expected)]
+                if None not in kinds and len(set(kinds)) > 1:
+                    fault += f" (yours is {kinds[0]}, expected {kinds[1]})"
         except Exception as error:  # a reader's function may raise anything
             fault = f"raises {type(error).__name__}: {error}"
         call = f"{function.__name__}({', '.join(map(_short, arguments))})"
@@ -35,6 +38,13 @@ def try_out(name, function, cases, same=operator.eq) -> bool:
         return False
     print(f"{name}: right, in {len(cases)} of {len(cases)} cases")
     return True
+
+
+def _agree(same, yours, expected) -> bool:
+    try:
+        return bool(same(yours, expected))
+    except Exception:  # of another type than what can be compared
+        return False
 
 
 def _where(yours, expected) -> int:

@@ -23,7 +23,7 @@ def check_long_haul(write_sql) -> bool:
 
     def found(query):
         results = [sql.run_sql(query, database) for database in databases]
-        return [result.error or sorted(result.rows) for result in results]
+        return [result.error or sorted(result.rows, key=repr) for result in results]
 
     def long_haul_from(city):
         query = write_sql(city)
