@@ -66,7 +66,7 @@ def sft_config(
         dataloader_pin_memory=not profile.use_cpu,
         logging_steps=1,
         logging_nan_inf_filter=False,  # or a loss of NaN is logged as 0
-        save_strategy="no",  # minutes of work: the adapter is saved at the end
+        save_strategy="no",  # the adapter is saved once, after the run
         disable_tqdm=True,  # LiveLoss draws the bar
         seed=0,
         **{CHECKPOINTING: profile.checkpointing},
