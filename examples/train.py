@@ -78,6 +78,7 @@ def main() -> None:
     if system is None and args.data == NIGHT_TRAINS:
         system = records.SYSTEM
     env.check_whole("rank", args.rank)
+    env.check_whole("max_length", args.max_length)
     adapters.check_place(args.output)  # before minutes of training
     if (pathlib.Path(args.output).expanduser() / adapters.CONFIG).exists():
         print(f"the adapter in {args.output} will be replaced")

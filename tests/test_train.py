@@ -590,7 +590,7 @@ def test_the_recipe_meets_its_bars_on_three_recorded_seeds():
 def test_headers_say_what_was_measured(path):
     header = nbformat.read(path, as_version=4).cells[0].source
     assert header == course.cost(header, path.stem), "run: course stamp"
-    assert "; the cells took " in header
+    assert "; the cells ran for " in header
 
 
 def test_the_map_says_what_was_measured():

@@ -47,8 +47,6 @@ def sft_config(
     `max_length`: the most tokens of a record. Raises what `check_numbers` raises.
     """
     check_numbers(steps, batch, learning_rate)
-    if max_length is not None:
-        env.check_whole("max_length", max_length)
     return SFTConfig(
         output_dir=output_dir,
         max_steps=steps,
