@@ -57,6 +57,8 @@ def test_a_saved_adapter_answers_the_same_on_a_fresh_base(model, tmp_path):
     names = {file.name for file in saved.iterdir()}
     assert {"adapter_model.safetensors", "base.json", "tokenizer.json"} <= names
     assert not any(name.endswith(adapters.PICKLES) for name in names)
+    modes = {file.stat().st_mode for file in saved.iterdir() if file.is_file()}
+    assert len(modes) == 1  # who can read the card can read the weights
     config = json.loads((saved / "adapter_config.json").read_text("utf-8"))
     assert config["base_model_name_or_path"] == "tiny"
     assert config["revision"] == BASE["revision"]

@@ -209,6 +209,15 @@ def test_a_read_only_cache_says_what_to_set(tmp_path, monkeypatch):
         tmp_path.chmod(0o700)
 
 
+def test_a_relative_cache_stays_where_it_was_first_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", "kept")
+    monkeypatch.chdir(tmp_path)
+    first = env.cache_dir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert env.cache_dir() == first == tmp_path / "kept"
+
+
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     def no_home(path):
         raise RuntimeError("Could not determine home directory.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -16,16 +17,22 @@ BOS = "<|endoftext|>"
 SCRIPT = env.ROOT / "examples" / "train.py"
 
 
-def run(folder, *arguments):
-    """The finished process of the script, in a folder, with a cache of its own."""
+def process(folder, *arguments):
+    """How subprocess starts the script, in a folder, with a cache of its own."""
     variables = {"QLORA_CACHE": str(folder / "cache"), "TQDM_DISABLE": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+    return dict(
+        args=[sys.executable, "-u", str(SCRIPT), *arguments],
         env={**os.environ, **variables, "HF_HUB_OFFLINE": "1"},
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def run(folder, *arguments):
+    """The finished process of the script."""
+    return subprocess.run(**process(folder, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,7 @@ def alpaca_prompt(folder, instruction, extra):
     ("arguments", "said"),
     [
         (["--data", "none.csv"], "there is no file none.csv"),
-        (["--data", "one.csv"], "one.csv has one record to train on"),
+        (["--data", "one.csv"], "there is one record to train on"),
         (["--steps", "0"], "steps is 0"),
     ],
 )
@@ -100,3 +107,22 @@ def test_data_that_nobody_has_is_named(base, tmp_path):
     done = run(tmp_path, "--model", str(base), "--data", "nobody/has_this")
     assert done.returncode and "'nobody/has_this' is no file here" in done.stderr
     assert done.stderr.strip().splitlines()[-1].endswith("or OWNER/NAME")
+
+
+def test_a_file_that_comes_in_meanwhile_loses_no_training(base, tmp_path):
+    data, output = alpaca(tmp_path / "own.jsonl"), tmp_path / "trained"
+    how = ["--steps", "2", "--batch", "4", "--rank", "4"]
+    how += ["--model", str(base), "--data", data, "--output", str(output)]
+    with subprocess.Popen(**process(tmp_path, *how)) as started:
+        for line in started.stdout:
+            if "35 of 35 kept" in line:  # training begins
+                output.mkdir()
+                (output / "mine.txt").write_text("mine")
+                break
+        said = started.stdout.read()
+        assert started.wait() == 0, started.stderr.read()[-3000:]
+    assert "holds mine.txt" in said and "saved in the cache instead" in said
+    place = re.search(r"the adapter is in (.+)", said)[1]
+    assert (tmp_path / "cache") in pathlib.Path(place).parents
+    assert os.listdir(output) == ["mine.txt"]
+    assert "adapter_model.safetensors" in os.listdir(place)

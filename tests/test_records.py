@@ -549,6 +549,22 @@ def test_bad_rows_are_skipped_and_counted_by_reason(chat, capsys):
         records.to_prompt_completion(given, chat, system=3, skip_bad=True)
 
 
+@pytest.mark.parametrize(("rows", "held"), [(2, 1), (30, 3), (2000, 64)])
+def test_some_rows_are_held_back_from_training(rows, held, capsys):
+    given = Dataset.from_dict({"input_ids": [[n, n] for n in range(rows)]})
+    training, validation = records.hold_back(given)
+    parts = [tuple(row["input_ids"]) for part in (training, validation) for row in part]
+    assert len(validation) == held and sorted(parts) == [(n, n) for n in range(rows)]
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_held_back_that_occur_in_training_are_counted(capsys):
+    records.hold_back(Dataset.from_dict({"input_ids": [[1]] * 20}))
+    assert "2 of the 2 records held back occur in training" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="one record to train on: give two or more"):
+        records.hold_back(Dataset.from_dict({"input_ids": [[1]]}))
+
+
 def test_a_file_gives_its_records(tmp_path):
     lines = tmp_path / "own.jsonl"
     lines.write_text(

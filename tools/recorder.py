@@ -14,6 +14,10 @@ from qlora_helpers import env
 from qlora_helpers.lesson import recordings
 from qlora_helpers.model_files import write_whole
 
+# these hold torch, oneDNN and MKL to older instructions, or the course to a profile
+HELD_BY = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+HELD_BY += ("QLORA_PROFILE",)
+
 
 def write(name, facts, rows, folder=recordings.FOLDER) -> pathlib.Path:
     """Write a benchmark's rows with the facts of their measuring; return the path.
@@ -33,10 +37,12 @@ def write(name, facts, rows, folder=recordings.FOLDER) -> pathlib.Path:
 def facts() -> dict:
     """Return what a recording says about its making, on this machine and now.
 
-    `gpu` names the CPU where there is no GPU. Where git is not at hand, the environment
-    variable QLORA_COMMIT gives the commit.
+    `gpu` names the CPU where there is no GPU. `command` begins with the variables of
+    HELD_BY that are set. Where git is not at hand, the environment variable
+    QLORA_COMMIT gives the commit.
     """
     cuda = torch.cuda.is_available()
+    held = [f"{name}={os.environ[name]}" for name in HELD_BY if name in os.environ]
     arguments = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
     return {
         "date": datetime.date.today().isoformat(),
@@ -47,7 +53,7 @@ def facts() -> dict:
             "cuda": torch.version.cuda or "none",
             **env.versions(),
         },
-        "command": " ".join(["python", *arguments]),
+        "command": " ".join([*held, "python", *arguments]),
         "commit": os.environ.get("QLORA_COMMIT") or _commit(),
     }
 

@@ -125,6 +125,8 @@ def cache_dir() -> pathlib.Path:
         folder = folder.expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if os.environ.get("QLORA_CACHE"):  # a process elsewhere has the same cache
+            os.environ["QLORA_CACHE"] = str(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise OSError(
             f"the cache {folder} cannot be written ({error}): set QLORA_CACHE"

@@ -22,6 +22,7 @@ from qlora_helpers.records.prompts import (
     alpaca_layout,
     answer,
     context_ids,
+    hold_back,
     messages,
     prompt,
     to_prompt_completion,

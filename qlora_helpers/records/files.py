@@ -1,22 +1,34 @@
-"""Records from a file: JSONL or CSV."""
+"""Records from a file (JSONL or CSV) or from a data set of the Hub."""
 
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
+from datasets import Dataset, load_dataset
 
-def read(path) -> list[dict]:
-    """The records of a `.jsonl` file (one JSON object a line) or of a `.csv` file.
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
+OTHER_FILES = (".json", ".tsv", ".txt", ".parquet", ".xlsx")  # refused by their names
 
-    Every field of a CSV file is text, an empty one empty text. Empty lines are skipped.
+
+def read(path) -> list[dict] | Dataset:
+    """The records of a `.jsonl` file, of a `.csv` file, or of a data set of the Hub.
+
+    A `.jsonl` file has one JSON object a line. Every field of a CSV file is text, an
+    empty one empty text. Empty lines are skipped. A data set is named OWNER/NAME; its
+    split "train" is returned.
+
     Raises FileNotFoundError, and ValueError, naming file and line, for another kind of
     file, a broken line, text that is not UTF-8, or a file without rows.
     """
     if not str(path):
         raise ValueError("the path is empty: give that of a .jsonl or .csv file")
-    path = Path(path).expanduser()
+    name, path = str(path), Path(path).expanduser()
     readers = {".jsonl": _jsonl, ".csv": _csv}
+    is_file = path.exists() or path.suffix.lower() in (*readers, *OTHER_FILES)
+    if not is_file and ON_THE_HUB.fullmatch(name):
+        return _from_hub(name)
     if path.suffix.lower() not in readers:
         raise ValueError(
             f"{path} ends in {path.suffix!r}: give a .jsonl file, with one JSON object "
@@ -34,6 +46,17 @@ def read(path) -> list[dict]:
     if not found:
         raise ValueError(f"{path} holds no rows: give a file with at least one record")
     return found
+
+
+def _from_hub(name: str) -> Dataset:
+    try:
+        return load_dataset(name, split="train")
+    except (OSError, ValueError) as error:  # unknown, private, or no connection
+        raise FileNotFoundError(
+            f"{name!r} is no file here, and the Hub gave no data set of this name "
+            f"({str(error).strip().splitlines()[0]}): give the path of a .jsonl or "
+            ".csv file, or OWNER/NAME"
+        ) from None
 
 
 def _jsonl(path: Path) -> list[dict]:

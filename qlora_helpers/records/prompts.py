@@ -217,6 +217,25 @@ def to_prompt_completion(
     return Dataset.from_list(rows)
 
 
+def hold_back(dataset: Dataset, most: int = 64) -> tuple[Dataset, Dataset]:
+    """Split the rows of `to_prompt_completion`: those to train on, those to validate.
+
+    A tenth is held back, at most `most` rows and at least one. A printed line counts
+    held-back rows that also occur in training. Raises ValueError for a single row.
+    """
+    if len(dataset) < 2:
+        raise ValueError("there is one record to train on: give two or more")
+    held = max(1, min(most, len(dataset) // 10))
+    parts = dataset.train_test_split(test_size=held, seed=0)
+    known = {tuple(ids) for ids in parts["train"]["input_ids"]}
+    if double := sum(tuple(ids) in known for ids in parts["test"]["input_ids"]):
+        print(
+            f"{double} of the {held} records held back occur in training too, so the "
+            "validation loss is too low: remove the duplicates"
+        )
+    return parts["train"], parts["test"]
+
+
 def _row(record: dict, tokenizer, system: str | None) -> dict:
     """A record as a row of `to_prompt_completion`; ValueError if it cannot be one."""
     asked, output = messages(record, system), answer(record)
