@@ -208,9 +208,8 @@ def test_chats_of_several_turns_are_checked_and_learned(
     dataset = rows(tokenizer, some, system=None)
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     train.check_effective(trainer, env.profile())
-    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; in 4 the end" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; in 4 of them" in said
     batch = trainer.data_collator([trainer.train_dataset[0]])
     learned = batch["labels"][0][batch["labels"][0] != -100]
     assert tokenizer.decode(learned) == "Owl.<|im_end|>\nRaven.<|im_end|>\n"

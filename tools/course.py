@@ -295,7 +295,7 @@ def cost(header, stem) -> str:
     took = [
         f"{r['peak_gpu_gib']:.1f} GiB of GPU memory on {where(r)}"
         if r["peak_gpu_gib"]
-        else f"{r['peak_ram_gib']:.1f} GiB on {where(r)}"
+        else f"{r['peak_ram_gib']:.1f} GiB of main memory on {where(r)}"
         for r in rows
     ]
     known = (

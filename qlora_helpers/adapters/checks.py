@@ -28,8 +28,8 @@ def base_of(folder) -> dict:
     note = read_json(folder / NOTE, "name") if (folder / NOTE).exists() else {}
     if "tensors_sha256" not in note:
         raise ValueError(
-            f"the adapter in {folder} was not saved by save_adapter (it has no {NOTE} "
-            f"with a hash of its base): load it onto its base {named!r} with "
+            f"the adapter in the folder {folder} was not saved by save_adapter (it has "
+            f"no {NOTE} with a hash of its base): load it onto its base {named!r} with "
             "PeftModel.from_pretrained, and save it with save_adapter"
         )
     return note
@@ -95,10 +95,10 @@ def check_adapter(folder, base: dict, quantization=None) -> set[str]:
         if there[key] != here[key]:
             quantized = f", quantized as {NOTE} says" if key in QUANTIZED else ""
             raise ValueError(
-                f"the adapter in {folder} was trained on another base: {key} is "
-                f"{there[key]!r} in its {NOTE} and {here[key]!r} in the given base: "
-                f"load {trained_on['name']!r}, revision {trained_on.get('revision')}"
-                f"{quantized}"
+                f"the adapter in the folder {folder} was trained on another base: "
+                f"{key} is {there[key]!r} in its {NOTE} and {here[key]!r} in the "
+                f"given base: load {trained_on['name']!r}, revision "
+                f"{trained_on.get('revision')}{quantized}"
             )
     return names
 

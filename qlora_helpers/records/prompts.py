@@ -218,10 +218,10 @@ def to_prompt_completion(
 
 
 def hold_back(dataset: Dataset, most: int = 64) -> tuple[Dataset, Dataset]:
-    """Split the rows of `to_prompt_completion`: those to train on, those to validate.
+    """Split the rows of `to_prompt_completion` into those to train on and to validate.
 
-    A tenth is held back, at most `most` rows and at least one. A printed line counts
-    held-back rows that also occur in training. Raises ValueError for a single row.
+    A tenth is held back, from one row to `most`. A printed line counts those that also
+    occur in training. Raises ValueError for a single row.
     """
     if len(dataset) < 2:
         raise ValueError("there is one record to train on: give two or more")
@@ -229,10 +229,8 @@ def hold_back(dataset: Dataset, most: int = 64) -> tuple[Dataset, Dataset]:
     parts = dataset.train_test_split(test_size=held, seed=0)
     known = {tuple(ids) for ids in parts["train"]["input_ids"]}
     if double := sum(tuple(ids) in known for ids in parts["test"]["input_ids"]):
-        print(
-            f"{double} of the {held} records held back occur in training too, so the "
-            "validation loss is too low: remove the duplicates"
-        )
+        said = f"{double} of the {held} records held back occur in training too"
+        print(said + ", so the validation loss is too low: remove the duplicates")
     return parts["train"], parts["test"]
 
 

@@ -161,8 +161,8 @@ def check_rows(trainer: SFTTrainer) -> bool:
     if asked:
         print(
             f"rows: {kept:,} of {len(given):,} kept, {count['cut']:,} cut at {limit} "
-            f"tokens, {left_out:,} left out; in {count['ended']:,} the end token "
-            "counts in the loss"
+            f"tokens, {left_out:,} left out; in {count['ended']:,} of them the end "
+            "token counts in the loss"
         )
     count["cut"] += left_out
     held = getattr(trainer, "given_validation", None)  # TRL cuts these silently too
