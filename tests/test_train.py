@@ -364,7 +364,7 @@ def test_several_gpus_are_refused_before_trl_sees_them(model, tokenizer, tmp_pat
 def test_rows_are_counted(trainer, capsys):
     train.check_effective(trainer, env.profile())
     said = capsys.readouterr().out
-    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; in 32 the end" in said
+    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; in 32 of them" in said
 
 
 @pytest.mark.parametrize(
