@@ -16,6 +16,15 @@ def test_recording_round_trip(tmp_path):
     assert set(recordings.FACTS) <= set(facts)
 
 
+def test_the_command_names_what_held_the_machine_back(monkeypatch):
+    for name in recorder.HELD_BY:
+        monkeypatch.delenv(name, raising=False)
+    assert recorder.facts()["command"].startswith("python ")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    command = recorder.facts()["command"]
+    assert command.startswith("ATEN_CPU_CAPABILITY=avx2 python ")
+
+
 def test_unknown_recording_names_the_known_ones(tmp_path):
     recorder.write("speed", recorder.facts(), ROWS, folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="'sped' .* there are: speed"):

@@ -209,7 +209,8 @@ def test_chats_of_several_turns_are_checked_and_learned(
     trainer = train.build_trainer(model, tokenizer, dataset, settings)
     train.check_effective(trainer, env.profile())
     said = capsys.readouterr().out
-    assert "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; in 4 of them" in said
+    counted = "rows: 4 of 4 kept, 0 cut at 512 tokens, 0 left out; in 4 of them the end"
+    assert counted in said
     batch = trainer.data_collator([trainer.train_dataset[0]])
     learned = batch["labels"][0][batch["labels"][0] != -100]
     assert tokenizer.decode(learned) == "Owl.<|im_end|>\nRaven.<|im_end|>\n"
@@ -364,7 +365,8 @@ def test_several_gpus_are_refused_before_trl_sees_them(model, tokenizer, tmp_pat
 def test_rows_are_counted(trainer, capsys):
     train.check_effective(trainer, env.profile())
     said = capsys.readouterr().out
-    assert "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; in 32 of them" in said
+    counted = "rows: 32 of 32 kept, 0 cut at 512 tokens, 0 left out; in 32 of them the"
+    assert counted + " end" in said
 
 
 @pytest.mark.parametrize(
@@ -590,6 +592,8 @@ def test_headers_say_what_was_measured(path):
     header = nbformat.read(path, as_version=4).cells[0].source
     assert header == course.cost(header, path.stem), "run: course stamp"
     assert "; the cells ran for " in header
+    wrapped = header.replace(" on one ", "\non one ")  # as an editor may leave it
+    assert wrapped != header == course.cost(wrapped, path.stem)
 
 
 def test_the_map_says_what_was_measured():

@@ -305,7 +305,7 @@ def cost(header, stem) -> str:
     for part, end, ran_or_took in known:
         text = ran_or_took if rows else "; running it was not measured."
         header = re.sub(
-            rf"(?m)^(\*\*{part}\*\*: .*?{re.escape(end)})(?:.*\n)*?.*(?=\n\n)",
+            rf"(?m)^(\*\*{part}\*\*: .*?{re.escape(end)}).*(?:\n.+)*",
             lambda found, text=text: found[1] + text,
             header,
         )

@@ -15,8 +15,12 @@ from qlora_helpers.lesson import recordings
 from qlora_helpers.model_files import write_whole
 
 # these hold torch, oneDNN and MKL to older instructions, or the course to a profile
-HELD_BY = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-HELD_BY += ("QLORA_PROFILE",)
+HELD_BY = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "QLORA_PROFILE",
+)
 
 
 def write(name, facts, rows, folder=recordings.FOLDER) -> pathlib.Path:
